@@ -1,0 +1,43 @@
+"""loratools: one road for LoRA adapters of any dialect, from a file to a function and back.
+
+    import loratools
+    adapter = loratools.load(Path("style.safetensors"))
+    loratools.convert(Path("style.safetensors"), None, "diffusers")
+
+The names below are imported when they are first used, so that `import loratools` costs nothing and never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratools.mapping.read import read as load
+    from loratools.operations.compare import compare
+    from loratools.operations.convert import convert
+    from loratools.operations.inspect import inspect
+
+__version__ = "0.1.0"
+
+# public name → the module that defines it, and its name there
+_PUBLIC = {
+    "load": ("loratools.mapping.read", "read"),
+    "inspect": ("loratools.operations.inspect", "inspect"),
+    "convert": ("loratools.operations.convert", "convert"),
+    "compare": ("loratools.operations.compare", "compare"),
+}
+
+__all__ = ["__version__", "compare", "convert", "inspect", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'loratools' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,96 @@
+"""The metadata of what is written: carried, corrected where it describes the tensors, and extended by where it came from.
+
+Carried entries keep their order; new ones are sorted. Private paths are never added: a source is named by its base name.
+Source: sd-scripts (ss_*), Stability's modelspec, diffusers' lora_adapter_metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from loratools.adapters.adapter import Adapter
+from loratools.mapping.architectures import Architecture
+from loratools.mapping.spelling import KEY as spelling_key
+from loratools.mapping.spelling import memory
+from loratools.mapping.write import Plan
+from loratools.tensors.metadata import lora_adapter_metadata
+
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+_OWN = "loratools."
+
+# sd-scripts' network module of a plain LoRA, by architecture.
+_NETWORK_MODULES = {
+    "flux": "networks.lora_flux",
+    "chroma": "networks.lora_flux",
+    "sd3": "networks.lora_sd3",
+    "lumina2": "networks.lora_lumina",
+    "wan": "networks.lora_wan",
+}
+
+
+def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, version: str) -> dict[str, str]:
+    """The header of the output of a conversion."""
+    carried = {
+        key: value
+        for key, value in adapter.metadata.items()
+        if key not in _HASHES and not key.startswith(_OWN) and (key != "lora_adapter_metadata")
+    }
+    new: dict[str, str] = {
+        _OWN + "architecture": architecture.name,
+        _OWN + "converted_from": adapter.dialect,
+        _OWN + "version": version,
+    }
+    remembered = memory(adapter, architecture)
+    if remembered is not None:
+        new[spelling_key] = remembered
+    if adapter.path is not None:
+        new[_OWN + "source"] = adapter.path.name
+    if plan.dialect.alpha == "header":
+        new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
+    if plan.dialect.alpha in ("header", "none"):
+        new[_OWN + "alpha"] = _folded_alphas(plan)
+    if "format" not in carried:
+        new["format"] = "pt"
+    described = _network(plan, architecture)
+    if plan.dialect.hashes or "ss_network_dim" in carried:
+        carried.update({key: value for key, value in described.items() if key in carried})
+    if plan.dialect.hashes:
+        new.update({key: value for key, value in {**described, **_minimum(architecture, adapter)}.items() if key not in carried})
+    return {**carried, **dict(sorted(new.items()))}
+
+
+def _folded_alphas(plan: Plan) -> str:
+    """site → the alpha that was folded; "*" when all modules had the same. Sites without an entry had none."""
+    known = {str(written.sites[0]): written.original_alpha for written in plan.modules if written.original_alpha is not None}
+    values = set(known.values())
+    if len(values) == 1 and len(known) == len(plan.modules):
+        return json.dumps({"*": values.pop()})
+    return json.dumps(known, sort_keys=True, separators=(",", ":"))
+
+
+def _network(plan: Plan, architecture: Architecture) -> dict[str, str]:
+    """ss_network_dim, _alpha and _module of the tensors as written; "Dynamic" where modules differ."""
+    modules = [written.module for written in plan.modules]
+    ranks = Counter(module.rank for module in modules if module.rank)
+    alphas = Counter(module.alpha if module.alpha is not None else float(module.rank or 0) for module in modules if module.rank)
+    plain = all(module.kind in ("lora", "dora") and "mid" not in module.factors for module in modules)
+    return {
+        "ss_network_dim": _uniform(ranks),
+        "ss_network_alpha": _uniform(alphas),
+        "ss_network_module": _NETWORK_MODULES.get(architecture.name, "networks.lora") if plain else "lycoris.kohya",
+    }
+
+
+def _uniform(values: Counter[int] | Counter[float]) -> str:
+    if len(values) != 1:
+        return "Dynamic" if values else "None"
+    return f"{next(iter(values)):g}"
+
+
+def _minimum(architecture: Architecture, adapter: Adapter) -> dict[str, str]:
+    """What sd-scripts' readers look for beside the network's own entries."""
+    variants = {variant: version for version, variant in reversed(list(architecture.base_versions.items()))}
+    version = variants.get(adapter.variant or "", next(iter(architecture.base_versions), ""))
+    found = {"ss_v2": str(architecture.name == "sd2"), "ss_network_args": "{}"}
+    return {**found, "ss_base_model_version": version} if version else found

@@ -1,0 +1,133 @@
+"""PEFT's adapter_config.json, read for what it says about scale and written from the tensors.
+
+PEFT keeps rank and alpha only here: `r`, `lora_alpha`, and regular expressions in `rank_pattern` and `alpha_pattern` of which the
+first that matches a module's name wins; scale = alpha / r, or alpha / sqrt(r) with `use_rslora`. diffusers stores the same
+fields, prefixed by component, in its `lora_adapter_metadata` header entry. Source: PEFT 0.21 LoraConfig, get_pattern_key.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Fields whose non-default value changes what the tensors mean, in ways nothing here computes. field → what it does
+UNSUPPORTED = {
+    "target_parameters": "adapts bare parameters (mixture-of-experts weights)",
+    "layer_replication": "repeats layers of the base model",
+    "trainable_token_indices": "trains single embedding rows",
+    "use_qalora": "groups the input (QA-LoRA)",
+    "use_bdlora": "uses block-diagonal factors (BD-LoRA)",
+    "alora_invocation_tokens": "applies only after a token (aLoRA)",
+    "arrow_config": "routes between adapters (Arrow)",
+    "velora_config": "compresses activations (VeLoRA)",
+    "kasa_config": "decomposes the base (KaSA)",
+    "monteclora_config": "samples the factors (MonteCLoRA)",
+}
+
+# Initialisations that change the base model: the factors fit only the changed base.
+RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "eva_residual", "lora_ga")
+
+_TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft-in": "OFT", "ia3": "IA3"}
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str) -> Any:
+    """The value of the first pattern that matches a module name, as PEFT's get_pattern_key does it; None without one."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return None
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int | None:
+    """The rank the config gives a module."""
+    value = _pattern(config.get("rank_pattern"), name)
+    value = config.get("r") if value is None else value
+    return int(value) if value is not None else None
+
+
+def alpha_of(config: Mapping[str, Any], name: str, rank: int | None) -> float | None:
+    """The alpha whose quotient by the rank is the scale PEFT uses: rsLoRA's alpha / sqrt(r) is resolved here, once."""
+    value = _pattern(config.get("alpha_pattern"), name)
+    if value is None:
+        value = config.get("lora_alpha", config.get("alpha"))
+    if value is None:
+        return None
+    return float(value) * (math.sqrt(rank) if config.get("use_rslora") and rank else 1.0)
+
+
+def options_of(config: Mapping[str, Any], name: str, rank: int | None) -> dict[str, Any]:
+    """What the config says that tensors cannot: how PEFT scales LoKr, which Cayley transform OFT uses, IA3's feed-forward modules."""
+    kind = config.get("peft_type")
+    if kind == "LOKR":
+        return {"always_scale": True, "rank": rank_of(config, name) or rank}
+    if kind == "OFT":
+        names = ("use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "coft", "eps")
+        return {field: config[field] for field in names if field in config}
+    if kind == "IA3":
+        feedforward = config.get("feedforward_modules") or []
+        listed = [feedforward] if isinstance(feedforward, str) else feedforward
+        return {"feedforward": any(name == entry or name.endswith("." + entry) for entry in listed)}
+    return {}
+
+
+def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(severity, message) for fields that make the tensors mean something else."""
+    found = [
+        ("error", f"adapter_config.json sets {field} = {config[field]!r}, which {what}; that is not handled")
+        for field, what in UNSUPPORTED.items()
+        if config.get(field)
+    ]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
+        found.append(("warning", f"init_lora_weights = {init!r} changed the base model: on the original base this adapter is wrong"))
+    if config.get("bias") not in (None, "none"):
+        found.append(("warning", f"bias = {config['bias']!r}: trained biases of the base are replacements, not deltas"))
+    return found
+
+
+def render(modules: Mapping[str, Any], site_names: Iterable[str], *, kind: str, alphas: Mapping[str, float]) -> dict[str, Any]:
+    """A minimal valid config for these modules.
+
+    modules: PEFT module name → Module; site_names: every module name of the model as far as known (normal forms of suffix
+    collisions are avoided with it); alphas: module name → the alpha to record. Names are written in full, anchored and escaped.
+    """
+    ranks = {name: int(module.rank) for name, module in modules.items() if module.rank}
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else float(rank)
+    config: dict[str, Any] = {"peft_type": _TYPES[kind], "r": rank}
+    config["lora_alpha" if _TYPES[kind] == "LORA" else "alpha"] = _number(alpha)
+    config["rank_pattern"] = {_anchored(name): value for name, value in sorted(ranks.items()) if value != rank}
+    config["alpha_pattern"] = {_anchored(name): _number(value) for name, value in sorted(alphas.items()) if value != alpha}
+    config["target_modules"] = _targets(sorted(modules), site_names)
+    if _TYPES[kind] == "LORA":
+        config["use_dora"] = kind == "dora"
+        config["use_rslora"] = False
+        config["lora_bias"] = any("bias" in module.factors for module in modules.values())
+        config["bias"] = "none"
+        config["fan_in_fan_out"] = False
+        config["init_lora_weights"] = True
+    if _TYPES[kind] == "OFT":
+        options = next(iter(modules.values())).options
+        config.update({"oft_block_size": 0, **options})
+    config.update({"inference_mode": True, "base_model_name_or_path": None, "task_type": None, "modules_to_save": None})
+    return config
+
+
+def _targets(names: list[str], site_names: Iterable[str]) -> list[str] | str:
+    """Full names; as one regular expression where PEFT's suffix match would also hit a module that has no adapter."""
+    wanted = set(names)
+    suffixes = {"." + name for name in names}
+    if any(other not in wanted and other.endswith(suffix) for other in site_names for suffix in suffixes if "." not in suffix[1:]):
+        return "^(" + "|".join(re.escape(name) for name in names) + ")$"
+    return names
+
+
+def _anchored(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,198 @@
+"""compare: are two adapters the same function, whatever they are called?
+
+Per site: relative Frobenius error ‖ΔW_B - ΔW_A‖ / ‖ΔW_A‖ and the cosine of the two deltas, through the factors wherever both are
+low-rank (QR of the joined factors; Gram matrices for the inner product), so another gauge (GA, BG⁻¹), a padded rank or another
+dialect makes no difference. Kinds that multiply the base weight are compared by what determines them (ΔW and magnitude of a DoRA,
+the rotations of an OFT), which needs no base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapters.adapter import Adapter, Module, Site
+from loratools.adapters.factors import exact
+from loratools.adapters.kinds import Dense, Dora, Lora
+from loratools.errors import InputError, UnsupportedError
+from loratools.mapping.read import Reading, analyse, checked
+from loratools.tensors.reader import open_source
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class _Overlap:
+    """What one site adds to the sums: ‖A‖², ‖B‖², ⟨A, B⟩, ‖B - A‖²."""
+
+    a: float
+    b: float
+    inner: float
+    error: float
+
+    @property
+    def relative_error(self) -> float:
+        return math.sqrt(self.error / self.a) if self.a else (0.0 if not self.error else math.inf)
+
+    @property
+    def cosine(self) -> float | None:
+        return self.inner / math.sqrt(self.a * self.b) if self.a and self.b else None
+
+
+def compare(
+    a: Path | str,
+    b: Path | str,
+    *,
+    base: Path | str | None = None,
+    tolerance: float = 1e-5,
+    arch: str | None = None,
+    alpha: float | None = None,
+    modules: bool = False,
+) -> dict[str, Any]:
+    """Compare two adapter files of any dialects.
+
+    base: supplies module names where no table does; tolerance: largest relative error of a site that still counts as equal;
+    arch, alpha: as for reading, for both files where they are needed.
+    Returns the JSON object of the command. Raises InputError for files of two architectures, and what reading raises.
+    """
+    first, second = _read_both(Path(a), Path(b), arch, alpha, Path(base) if base else None)
+    if first.architecture != second.architecture:
+        raise InputError(f"two architectures: {Path(a).name} is {first.architecture}, {Path(b).name} is {second.architecture}")
+    ours, theirs = first.modules, second.modules
+    sites = {site: _overlap(site, ours.get(site, ()), theirs.get(site, ())) for site in sorted({*ours, *theirs})}
+    ranked = sorted(sites.items(), key=lambda item: -item[1].relative_error)
+    total = _Overlap(*(math.fsum(getattr(overlap, name) for overlap in sites.values()) for name in ("a", "b", "inner", "error")))
+    worst_error = ranked[0][1].relative_error if ranked else 0.0
+    result: dict[str, Any] = {
+        "equal": worst_error <= tolerance,
+        "max_relative_error": worst_error,
+        "relative_error": total.relative_error,
+        "sites": len(sites),
+        "only_in_a": [str(site) for site in ours if site not in theirs],
+        "only_in_b": [str(site) for site in theirs if site not in ours],
+        "worst": [_row(site, overlap) for site, overlap in ranked[:5]],
+        "cosine": total.cosine,
+        "scale_ratio": math.sqrt(total.b / total.a) if total.a else None,
+    }
+    if modules:
+        result["modules"] = [_row(site, overlap) for site, overlap in sites.items()]
+    return result
+
+
+def _row(site: Site, overlap: _Overlap) -> dict[str, Any]:
+    return {"site": str(site), "relative_error": overlap.relative_error, "cosine": overlap.cosine}
+
+
+def _read_both(a: Path, b: Path, arch: str | None, alpha: float | None, base: Path | None) -> tuple[Adapter, Adapter]:
+    """Both adapters; a file whose architecture is ambiguous alone is settled by the other one."""
+    readings = [
+        analyse(open_source(path), arch=arch, alpha=alpha if alpha is not None and _needs_alpha(path, arch) else None, base=base)
+        for path in (a, b)
+    ]
+    for position, reading in enumerate(readings):
+        other = readings[1 - position].detection
+        if reading.detection.ambiguous and not other.ambiguous and other.best is not None:
+            name = other.best.architecture.name
+            if any(candidate.architecture.name == name for candidate in reading.detection.candidates):
+                readings[position] = analyse(reading.source, arch=name, alpha=None, base=base)
+    first, second = (_usable(reading) for reading in readings)
+    return first, second
+
+
+def _needs_alpha(path: Path, arch: str | None) -> bool:
+    """Does the file leave some alpha unrecorded? --alpha speaks only for those."""
+    reading = analyse(open_source(path), arch=arch)
+    return reading.adapter is not None and any(entry.module.alpha is None and entry.module.rank for entry in reading.adapter.entries)
+
+
+def _usable(reading: Reading) -> Adapter:
+    adapter = checked(reading)
+    best = reading.detection.best
+    if best is not None and not best.architecture.supported:
+        raise UnsupportedError(f"{reading.source.path.name}: {best.architecture.title} is recognised but not handled yet")
+    return adapter
+
+
+# -------------------------------------------------------------------------------------------------------------- one site
+
+
+def _overlap(site: Site, ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
+    """The sums of one site; a missing side is a delta of zero."""
+    plain = [module for module in (*ours, *theirs) if not _is_plain(module)]
+    if not plain and ours and theirs:
+        return _low_rank(_joined(ours), _joined(theirs))
+    mine, other = _parameters(ours), _parameters(theirs)
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for name in {*mine, *other}:
+        left, right = mine.get(name), other.get(name)
+        left = left if left is not None else right.new_zeros(right.shape)  # type: ignore[union-attr]
+        right = right if right is not None else left.new_zeros(left.shape)
+        if left.numel() != right.numel():
+            raise InputError(f"{site}: {name} has shape {list(left.shape)} in one file and {list(right.shape)} in the other")
+        left, right = left.flatten(), right.flatten()
+        values = (left @ left, right @ right, left @ right, (right - left) @ (right - left))
+        sums = [total + float(value) for total, value in zip(sums, values, strict=True)]
+    return _Overlap(*sums)
+
+
+def _is_plain(module: Module) -> bool:
+    return isinstance(module, Lora) and module.bias_delta() is None
+
+
+def _joined(modules: tuple[Module, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up, down) of the sum of LoRA modules, scales in up."""
+    import torch
+
+    pairs = [(module.matrices(), module.scale) for module in modules if isinstance(module, Lora)]
+    return torch.cat([up * scale for (up, _), scale in pairs], 1), torch.cat([down for (_, down), _ in pairs])
+
+
+def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tensor, torch.Tensor]) -> _Overlap:
+    """The sums from the factors: Gram matrices for norms and inner product, a QR core for the difference."""
+    import torch
+
+    (up, down), (other_up, other_down) = ours, theirs
+    if (up.shape[0], down.shape[1]) != (other_up.shape[0], other_down.shape[1]):
+        raise InputError(
+            f"the two modules change weights of different shapes: {up.shape[0]} x {down.shape[1]}, {other_up.shape[0]} x {other_down.shape[1]}"
+        )
+
+    def gram(u: torch.Tensor, d: torch.Tensor, v: torch.Tensor, e: torch.Tensor) -> float:
+        return float(((u.t() @ v) * (d @ e.t())).sum())
+
+    left = torch.linalg.qr(torch.cat([other_up, up], 1), mode="r")[1]
+    right = torch.linalg.qr(torch.cat([other_down, -down]).t(), mode="r")[1]
+    error = float((left @ right.t()).norm()) ** 2
+    return _Overlap(
+        max(gram(up, down, up, down), 0.0),
+        max(gram(other_up, other_down, other_up, other_down), 0.0),
+        gram(up, down, other_up, other_down),
+        error,
+    )
+
+
+def _parameters(modules: tuple[Module, ...]) -> Mapping[str, torch.Tensor]:
+    """What determines a site's function beside W itself: ΔW and bias for additive kinds, else the parts that act on W."""
+    found: dict[str, torch.Tensor] = {}
+    for module in modules:
+        for name, value in _of_module(module).items():
+            found[name] = found[name] + value if name in found else value
+    return found
+
+
+def _of_module(module: Module) -> dict[str, torch.Tensor]:
+    if isinstance(module, Dora):
+        return {**_of_module(module.inner), f"magnitude on the {module.axis} axis": exact(module.magnitude).flatten()}
+    if isinstance(module, Dense) and module.linear:
+        weights = {"diff", "w_norm", "bias_values"} & set(module.factors)
+        found = {"ΔW": module.delta()} if weights else {}
+    elif module.linear:
+        found = {"ΔW": module.delta()}
+    else:
+        return {role: exact(tensor) for role, tensor in module.factors.items()}
+    bias = module.bias_delta()
+    return {**found, "bias": bias} if bias is not None else found

@@ -1,0 +1,241 @@
+"""convert: the same adapter in another dialect.
+
+A conversion is write(read(file)): provably the same function, or refused with the reasons. A file that is already in the wanted
+dialect is copied byte for byte. Everything is checked from headers before the first byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools import __version__
+from loratools.adapters.adapter import Adapter
+from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
+from loratools.mapping.architectures import Architecture
+from loratools.mapping.bases import architecture_of_base
+from loratools.mapping.dialects import DIALECTS
+from loratools.mapping.headers import metadata_for
+from loratools.mapping.read import Reading, analyse, checked, kin, named_architecture
+from loratools.mapping.write import Plan, plan
+from loratools.operations.outputs import write_adapter_folder
+from loratools.report import Report
+from loratools.tensors.finite import FiniteTensor, first_not_finite
+from loratools.tensors.lazy import DTYPES, LazyTensor
+from loratools.tensors.reader import open_source
+from loratools.tensors.writer import check_output, copy_file, output_folder, write_safetensors
+
+ERROR_FLOOR = 1e-6  # a site whose ΔW moved by more than this is listed as approximated
+_DTYPES = {"fp32": "F32", "float32": "F32", "fp16": "F16", "float16": "F16", "bf16": "BF16", "bfloat16": "BF16"}
+
+
+def convert(
+    source: Path | str,
+    output: Path | str | None,
+    dialect: str,
+    *,
+    arch: str | None = None,
+    alpha: float | None = None,
+    kind: str | None = None,
+    base: Path | str | None = None,
+    dtype: str | None = None,
+    keep_alpha: bool = False,
+    allow_lossy: bool = False,
+    unknown: str = "fail",
+    force: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Convert an adapter file to another dialect and report the fate of every tensor.
+
+    source: file or folder of any dialect; output: None writes beside the source; dialect: a name of `loratools formats`;
+    kind: "lora" turns LoHa, LoKr and tucker into LoRA exactly; dtype: fp32 | fp16 | bf16, rounded once;
+    allow_lossy: let a dtype cast through; unknown: "fail" | "drop" | "keep" for keys no table knows.
+    Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1).
+    """
+    target = _dialect_name(dialect)
+    wanted = _dtype_name(dtype)
+    if kind not in (None, "lora"):
+        raise UsageError(f"--kind {kind}: only lora can be asked for")
+    path = Path(source)
+    out = Path(output) if output is not None else _default_output(path, target)
+    problems: list[LoraToolsError] = []
+    try:
+        check_output(out, [path], force)
+    except LoraToolsError as error:
+        problems.append(error)
+    try:
+        opened = open_source(path)
+        reading = analyse(opened, arch=arch, alpha=alpha, base=Path(base) if base else None)
+        adapter = checked(reading, allow_unknown=unknown != "fail")
+        architecture = _architecture(adapter, reading, base)
+        untouched = wanted is None and kind is None and not keep_alpha and _is_identity(reading, adapter, target, unknown)
+        report, made = (Report(), None) if untouched else _planned(adapter, architecture, target, kind, keep_alpha, wanted)
+        _residue(adapter, target, unknown, report)
+    except LoraToolsError as error:
+        problems.append(error)
+    if problems:
+        raise worst(problems)
+    report.findings.extend(finding for finding in reading.findings if finding.severity == "warning")
+    if made is None:
+        tensors: Mapping[str, LazyTensor] = opened.tensors
+        report.mapped.update(key for key in opened.tensors if key not in report.kept)
+    else:
+        tensors = {**made.tensors, **{key: adapter.residue[key] for key in report.kept}}
+    if not dry_run:
+        report.check_complete(opened.tensors)
+        _write(reading, adapter, architecture, made, tensors, out, target, force)
+    return _result(path, out, adapter, architecture, target, report, made, tensors, dry_run)
+
+
+def worst(problems: list[LoraToolsError]) -> LoraToolsError:
+    """One error for several: the code is the first of 3, 2, 1 and the details list them all."""
+    ranked = sorted(problems, key=lambda error: -error.exit_code)
+    first = ranked[0]
+    if len(ranked) > 1:
+        first.details = [*first.details, *(f"{error.message}" for error in ranked[1:])]
+    return first
+
+
+def _dialect_name(name: str) -> str:
+    import difflib
+
+    if name in DIALECTS:
+        return name
+    near = difflib.get_close_matches(name, DIALECTS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"unknown dialect {name!r}{hint}", details=[", ".join(DIALECTS)], fix="loratools formats lists them")
+
+
+def _dtype_name(name: str | None) -> str | None:
+    if name is None:
+        return None
+    found = _DTYPES.get(name.lower(), name.upper())
+    if found not in ("F32", "F16", "BF16", "F64") or found not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", details=[", ".join(_DTYPES)])
+    return found
+
+
+def _default_output(path: Path, dialect: str) -> Path:
+    stem = path.name if path.is_dir() else path.stem
+    stem = stem.removesuffix(f".{dialect}")
+    return path.parent / (f"{stem}.peft" if DIALECTS[dialect].folder else f"{stem}.{dialect}.safetensors")
+
+
+def _architecture(adapter: Adapter, reading: Reading, base: Path | str | None) -> Architecture:
+    best = reading.detection.best
+    if best is not None and best.architecture.name == adapter.architecture:
+        architecture = best.architecture
+    else:
+        architecture = architecture_of_base(Path(base)) if base else named_architecture(adapter.architecture)
+    if not architecture.supported:
+        raise UnsupportedError(
+            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}); this architecture is recognised but not converted yet"
+        )
+    return architecture
+
+
+def _is_identity(reading: Reading, adapter: Adapter, target: str, unknown: str) -> bool:
+    """True when the file is already what is asked for: its bytes can be copied."""
+    if adapter.dialect != target or reading.detection.tidied or reading.source.container not in ("safetensors", "peft"):
+        return False
+    if (reading.source.container == "peft") != DIALECTS[target].folder:
+        return False
+    assigned = reading.detection.best.assigned.values() if reading.detection.best else ()
+    spoken = {assignment.hit.slot.dialect.name for assignment in assigned}
+    settled = any(entry.module.alpha_source == "assumed" and entry.module.alpha is not None for entry in adapter.entries)
+    return not settled and unknown != "drop" and all(kin(name, target) for name in spoken)
+
+
+def _planned(
+    adapter: Adapter, architecture: Architecture, target: str, kind: str | None, keep_alpha: bool, dtype: str | None
+) -> tuple[Report, Plan]:
+    made = plan(adapter, architecture, target, plain=kind == "lora", keep_alpha=keep_alpha, dtype=dtype)
+    return made.report, made
+
+
+def _residue(adapter: Adapter, target: str, unknown: str, report: Report) -> None:
+    """Tensors no module owns: kept in their own dialect, otherwise as the user said. Raises InputError when he has not."""
+    for key in adapter.residue:
+        if unknown == "drop":
+            report.dropped[key] = "no module of the architecture has this name"
+        elif unknown == "keep" or target == adapter.dialect:
+            report.kept.append(key)
+    undecided = [key for key in adapter.residue if key not in report.dropped and key not in report.kept]
+    if undecided:
+        raise InputError(
+            f"{len(undecided)} tensors have no place in {target}",
+            details=undecided,
+            fix="--keep-unknown carries them along as they are, --drop-unknown leaves them out",
+        )
+
+
+def _write(
+    reading: Reading,
+    adapter: Adapter,
+    architecture: Architecture,
+    made: Plan | None,
+    tensors: Mapping[str, LazyTensor],
+    out: Path,
+    target: str,
+    force: bool,
+) -> None:
+    source = reading.source
+    if made is None:
+        for key, tensor in tensors.items():
+            if first_not_finite(tensor):
+                raise InputError(f"{source.path.name}: {key} holds NaN or Inf", fix="loratools inspect --check names every such tensor")
+        if source.container == "peft":
+            with output_folder(out, force=force) as folder:
+                for file in sorted(source.path.rglob("*")):
+                    if file.is_file() and (file in source.files or file.name == "adapter_config.json"):
+                        inside = folder / file.relative_to(source.path)
+                        inside.parent.mkdir(parents=True, exist_ok=True)
+                        copy_file(file, inside)
+        else:
+            copy_file(source.files[0], out, force=force)
+        return
+    finite = {key: FiniteTensor(key, tensor, _why(key, source.tensors)) for key, tensor in tensors.items()}
+    metadata = metadata_for(adapter, architecture, made, version=__version__)
+    if DIALECTS[target].folder:
+        write_adapter_folder(out, made, finite, metadata, force=force)
+    else:
+        stamp = DIALECTS[target].hashes or "sshs_model_hash" in adapter.metadata
+        write_safetensors(out, finite, metadata, force=force, stamp_hashes=stamp)
+
+
+def _why(key: str, tensors: Mapping[str, LazyTensor]) -> str:
+    return "in the input, or a value overflows the output dtype"
+
+
+def _result(
+    path: Path,
+    out: Path,
+    adapter: Adapter,
+    architecture: Architecture,
+    target: str,
+    report: Report,
+    made: Plan | None,
+    tensors: Mapping[str, LazyTensor],
+    dry_run: bool,
+) -> dict[str, Any]:
+    sites = made.sites if made is not None else {site for entry in adapter.entries for site in entry.sites}
+    listed = {site: error for site, error in report.approximated.items() if error > ERROR_FLOOR}
+    result: dict[str, Any] = {
+        "input": str(path),
+        "output": str(out),
+        "from": {"dialect": adapter.dialect, "architecture": adapter.architecture},
+        "to": {"dialect": target, "architecture": architecture.name},
+        "tensors_in": len(report.mapped) + len(report.kept) + len(report.dropped),
+        "tensors_out": len(tensors),
+        "sites": len(sites),
+        "exact": not listed and not report.dropped,
+        "approximated": [{"site": site, "relative_error": error} for site, error in sorted(listed.items())],
+        "dropped": [{"key": key, "reason": reason} for key, reason in report.dropped.items()],
+        "kept": report.kept,
+        "max_relative_error": report.max_relative_error,
+        "warnings": [finding.message for finding in report.findings],
+    }
+    if dry_run:
+        result["plan"] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
+    return result

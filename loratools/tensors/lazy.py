@@ -1,0 +1,240 @@
+"""Tensors that are described now and read later.
+
+Everything above this package works on `LazyTensor`: dtype and shape are known from the header, the bytes are read
+when they are needed and forgotten afterwards. A tensor that an operation does not touch is copied as bytes, without
+torch; a computed one says its dtype and shape first and is made when the writer asks for it.
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools.errors import MalformedError
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 23  # bytes read at a time when a tensor is copied
+
+# safetensors dtype name → (bits an element, torch's name for it or None where torch has no such dtype)
+DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F32": (32, "float32"),
+    "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+}
+_STRUCT = {
+    "U8": "B",
+    "I8": "b",
+    "I16": "h",
+    "U16": "H",
+    "I32": "i",
+    "U32": "I",
+    "I64": "q",
+    "U64": "Q",
+    "F16": "e",
+    "F32": "f",
+    "F64": "d",
+    "BOOL": "?",
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name. Raises MalformedError where torch has none (F4, F6)."""
+    import torch
+
+    attribute = DTYPES[name][1]
+    if attribute is None:
+        raise MalformedError(f"dtype {name} can be copied but not computed with")
+    return getattr(torch, attribute)  # type: ignore[no-any-return]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype."""
+    attribute = str(dtype).removeprefix("torch.")
+    for name, (_, torch_name) in DTYPES.items():
+        if torch_name == attribute:
+            return name
+    raise MalformedError(f"dtype {dtype} has no place in a safetensors file")
+
+
+class LazyTensor(ABC):
+    """A tensor of known dtype (safetensors name) and shape whose bytes come on demand, little-endian, row-major."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype][0] // 8
+
+    @abstractmethod
+    def load(self) -> torch.Tensor:
+        """A fresh tensor that shares no memory with any file."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes as a safetensors file holds them, in pieces of at most CHUNK."""
+
+    def scalar(self) -> float:
+        """The value of a one-element tensor, without torch (alpha and flags)."""
+        if self.numel != 1:
+            raise MalformedError(f"expected one value, found shape {list(self.shape)}")
+        data = b"".join(self.chunks())
+        if self.dtype == "BF16":
+            return float(struct.unpack("<f", b"\0\0" + data)[0])
+        if self.dtype not in _STRUCT:
+            raise MalformedError(f"expected a number, found dtype {self.dtype}")
+        return float(struct.unpack("<" + _STRUCT[self.dtype], data)[0])
+
+    def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
+        """The same bytes under another shape."""
+        return self if shape == self.shape else ReshapedTensor(self, shape)
+
+
+class ByteFile:
+    """A file opened once for positional reads; closed with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read(self, offset: int, size: int) -> bytes:
+        pieces: list[bytes] = []
+        while size > 0:
+            piece = os.pread(self.descriptor, size, offset)
+            if not piece:
+                raise MalformedError(f"{self.path}: the file became shorter while it was read")
+            pieces.append(piece)
+            offset += len(piece)
+            size -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class StoredTensor(LazyTensor):
+    """A tensor that lies contiguously in a file, `offset` bytes from its start."""
+
+    def __init__(self, file: ByteFile, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
+        self.file, self.offset, self.dtype, self.shape = file, offset, dtype, shape
+
+    def load(self) -> torch.Tensor:
+        return tensor_from_bytes(self.file.read(self.offset, self.nbytes), self.dtype, self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        for start in range(0, self.nbytes, CHUNK):
+            yield self.file.read(self.offset + start, min(CHUNK, self.nbytes - start))
+
+
+class BytesTensor(LazyTensor):
+    """A small tensor held as bytes, for what is made without torch (a new alpha)."""
+
+    def __init__(self, data: bytes, dtype: str, shape: tuple[int, ...]) -> None:
+        self.data, self.dtype, self.shape = data, dtype, shape
+
+    def load(self) -> torch.Tensor:
+        return tensor_from_bytes(self.data, self.dtype, self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+
+class ReshapedTensor(LazyTensor):
+    """Another tensor's bytes under a new shape of the same size."""
+
+    def __init__(self, base: LazyTensor, shape: tuple[int, ...]) -> None:
+        if math.prod(shape) != base.numel:
+            raise ValueError(f"cannot view {base.shape} as {shape}")
+        self.base, self.dtype, self.shape = base, base.dtype, shape
+
+    def load(self) -> torch.Tensor:
+        return self.base.load().reshape(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        return self.base.chunks()
+
+
+class ComputedTensor(LazyTensor):
+    """A tensor that is made when it is asked for. `compute` must return exactly the declared dtype and shape."""
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> None:
+        self.dtype, self.shape, self.compute = dtype, shape, compute
+
+    def load(self) -> torch.Tensor:
+        tensor = self.compute()
+        if tuple(tensor.shape) != self.shape or dtype_name(tensor.dtype) != self.dtype:
+            raise AssertionError(f"declared {self.dtype}{self.shape}, computed {dtype_name(tensor.dtype)}{tuple(tensor.shape)}")
+        return tensor
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from tensor_bytes(self.load())
+
+
+def scalar_tensor(value: float, dtype: str = "F32", shape: tuple[int, ...] = ()) -> LazyTensor:
+    """A new one-element tensor, made without torch."""
+    return BytesTensor(struct.pack("<" + _STRUCT[dtype], value if dtype.startswith("F") else int(value)), dtype, shape)
+
+
+def tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Little-endian bytes as a torch tensor that owns its memory."""
+    import torch
+
+    if not data:
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(torch_dtype(dtype)).reshape(shape)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> Iterator[bytes]:
+    """A torch tensor's bytes, little-endian and row-major, in pieces of at most CHUNK."""
+    import torch
+
+    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), CHUNK):
+        yield flat[start : start + CHUNK].numpy().tobytes()
+
+
+def from_torch(tensor: torch.Tensor) -> LazyTensor:
+    """A tensor already in memory as a LazyTensor (not copied: the caller must not change it)."""
+    return ComputedTensor(dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+
+def same_bytes(first: LazyTensor, second: LazyTensor) -> bool:
+    """True when both hold the same dtype, shape and bits. No torch."""
+    if first is second:
+        return True
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return b"".join(first.chunks()) == b"".join(second.chunks())
