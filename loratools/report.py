@@ -33,6 +33,7 @@ class Report:
     kept: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     approximated: dict[str, float] = field(default_factory=dict)  # site → relative error of its ΔW
+    lossy: set[str] = field(default_factory=set)  # sites approximated because the user allowed it
     findings: list[Finding] = field(default_factory=list)
 
     @property

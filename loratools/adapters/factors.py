@@ -34,10 +34,10 @@ def working(tensor: LazyTensor) -> torch.Tensor:
 
 
 def exact(tensor: LazyTensor) -> torch.Tensor:
-    """The values in float64."""
+    """The values in float64, in memory of their own."""
     import torch
 
-    return tensor.load().to(torch.float64)
+    return tensor.load().to(torch.float64, copy=tensor.dtype == "F64")
 
 
 def rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:

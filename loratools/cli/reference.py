@@ -71,7 +71,7 @@ def formats_page() -> str:
     from loratools.operations.formats import formats
 
     parts = [FORMATS_INTRO]
-    for sheet in tables(formats()):
+    for sheet in tables(formats(), page=True):
         rows = [sheet.columns, tuple("---" for _ in sheet.columns), *sheet.rows]
         lines = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
         parts.append(f"## {sheet.title}\n\n{lines}\n")

@@ -53,6 +53,9 @@ def failure_of(error: BaseException) -> Failure:
     return Failure("internal", f"unexpected {type(error).__name__}: {error}", 1, fix="run again with --debug and report the traceback")
 
 
+SHOWN = 40  # details on a terminal; a refused file of a thousand modules would push the message off the screen
+
+
 def _usage_failure(error: click.ClickException) -> Failure:
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is None:
@@ -67,7 +70,9 @@ def show_error(failure: Failure, *, as_json: bool) -> None:
         return
     red, green = click.style("error:", fg="red", bold=True), click.style("fix:", fg="green")
     lines = [*(failure.usage.splitlines() if failure.usage else []), f"{red} {clean(failure.message, keep=chr(10))}"]
-    lines += [f"  - {clean(detail)}" for detail in failure.details]
+    lines += [f"  - {clean(detail)}" for detail in failure.details[:SHOWN]]
+    if len(failure.details) > SHOWN:
+        lines.append(f"  - and {len(failure.details) - SHOWN} more (--json lists all)")
     lines += [f"{green} {clean(failure.fix)}"] if failure.fix else []
     click.echo("\n".join(lines), err=True, color=colour())
 

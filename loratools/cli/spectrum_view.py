@@ -57,9 +57,11 @@ def module_table(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def sheet_table(sheet: Sheet) -> Table:
     """A sheet of `loratools formats`."""
-    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    many = len(sheet.columns) > 8  # a matrix of signs: no room between its columns
+    padding = (0, 1, 0, 0) if many else (0, 1)
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, padding=padding)
     for index, heading in enumerate(sheet.columns):
-        table.add_column(heading, overflow="fold", no_wrap=index == 0, style="cyan" if index == 0 else None)
+        table.add_column(heading, overflow="fold", no_wrap=many or index == 0, style="cyan" if index == 0 else None)
     for row in sheet.rows:
         table.add_row(*row)
     return table

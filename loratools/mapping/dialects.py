@@ -78,6 +78,8 @@ class Dialect:
     hashes: bool = field(default=False)  # its readers check sshs_model_hash
 
     def serves(self, architecture: Architecture) -> bool:
+        if architecture.open_names:  # a language model: only PEFT writes its modules' own names
+            return self.alpha == "config"
         return not self.architectures or architecture.name in self.architectures
 
 

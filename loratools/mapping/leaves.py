@@ -6,6 +6,7 @@ those of `adapters.kinds`. Source: the key tables of sd-scripts, LyCORIS, PEFT, 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -74,6 +75,7 @@ COMMON_LEAF["set_weight"] = "set_weight"
 
 # Leaves that no base checkpoint has: one of them makes a file an adapter.
 _AMBIGUOUS = {"alpha", "weight", "bias", "scale", "down.weight", "up.weight"}
+_PROCESSOR = re.compile(r"_lora\d?$")
 
 _SUFFIXES: dict[str, tuple[str, str | None]] = {leaf: (role, None) for leaf, role in COMMON.items()}
 _SUFFIXES.update((leaf, (role, scheme)) for scheme, leaves in SCHEMES.items() for role, leaf in leaves.items() if leaf != "dora_scale")
@@ -99,8 +101,8 @@ class Leaf:
 
     @property
     def is_adapter(self) -> bool:
-        """True for leaves that only adapters have."""
-        return self.text not in _AMBIGUOUS or self.text.startswith("lora")
+        """True for leaves that only adapters have; attention processors say it in the module's name (`to_q_lora`, `qkv_lora1`)."""
+        return self.text not in _AMBIGUOUS or (self.scheme == "updown" and _PROCESSOR.search(self.stem) is not None)
 
 
 @cache

@@ -19,12 +19,14 @@ from loratools.adapters.kinds.common import Scaled
 from loratools.errors import UnsupportedError
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, Component
+from loratools.mapping.baking import approximated, baked
+from loratools.mapping.bases import BaseWeights
 from loratools.mapping.detect import choose_row
 from loratools.mapping.dialects import DIALECTS, Dialect
-from loratools.mapping.fitting import fit_alpha, fit_kind, fit_shape_of
+from loratools.mapping.fitting import fit_alpha, fit_kind, fit_shape_of, requirements
 from loratools.mapping.leaves import COMMON_LEAF, SCHEMES
 from loratools.mapping.names import open_match
-from loratools.mapping.rules import Match, evaluate, flat
+from loratools.mapping.rules import Match, Row, evaluate, flat
 from loratools.mapping.spelling import remembered_forms, usual_form
 from loratools.report import Report
 from loratools.tensors.lazy import LazyTensor
@@ -78,11 +80,13 @@ def plan(
     plain: bool = False,
     keep_alpha: bool = False,
     dtype: str | None = None,
+    base: BaseWeights | None = None,
 ) -> Plan:
     """What `adapter` is in another dialect.
 
     plain: turn LoHa, LoKr and tucker into LoRA; keep_alpha: leave the scale to the header where the dialect has one;
-    dtype: safetensors name of the dtype factors are rounded to (alpha is never rounded).
+    dtype: safetensors name of the dtype factors are rounded to (alpha is never rounded); base: weights for which modules that
+    multiply the base weight are turned into full deltas (or low-rank approximations), where the dialect cannot hold them.
     Raises UnsupportedError listing every site the dialect has no name for, cannot hold, or cannot be converted to exactly.
     """
     dialect = DIALECTS[dialect_name]
@@ -90,15 +94,26 @@ def plan(
         raise UnsupportedError(f"{dialect.name} cannot be written: {dialect.notes}")
     if not dialect.serves(architecture):
         raise UnsupportedError(f"{dialect.name} has no spelling for {architecture.name}; it serves {', '.join(dialect.architectures)}")
-    writer = _Writer(adapter, architecture, dialect, plain=plain, keep_alpha=keep_alpha, dtype=dtype)
+    writer = _Writer(adapter, architecture, dialect, plain=plain, keep_alpha=keep_alpha, dtype=dtype, base=base)
     return writer.plan()
 
 
 class _Writer:
     def __init__(
-        self, adapter: Adapter, architecture: Architecture, dialect: Dialect, *, plain: bool, keep_alpha: bool, dtype: str | None
+        self,
+        adapter: Adapter,
+        architecture: Architecture,
+        dialect: Dialect,
+        *,
+        plain: bool,
+        keep_alpha: bool,
+        dtype: str | None,
+        base: BaseWeights | None,
     ) -> None:
+        self.base = base
         self.adapter = unfolded(adapter) if dialect.alpha in ("tensor", "config") else adapter
+        if base is not None:
+            self.adapter = self.adapter.replace(entries=tuple(self._baked(entry, dialect, base) for entry in self.adapter.entries))
         self.source = {id(mine): theirs for mine, theirs in zip(self.adapter.entries, adapter.entries, strict=True)}
         self.architecture, self.dialect = architecture, dialect
         self.plain, self.keep_alpha, self.dtype = plain, keep_alpha, dtype
@@ -137,6 +152,8 @@ class _Writer:
         kinds = {entry.module.kind for entry in self.adapter.entries}
         if kinds & {"loha", "lokr"} and not self.plain:
             return "--kind lora turns LoHa, LoKr and tucker modules into plain LoRA first"
+        if self.base is None and any(not entry.module.linear for entry in self.adapter.entries):
+            return "--base MODEL --allow-lossy turns modules that multiply the base weight into full deltas for that base"
         return "loratools formats shows what each dialect holds"
 
     # ---------------------------------------------------------------------------------------------------------- grouping
@@ -188,7 +205,12 @@ class _Writer:
         """One output module: regrouped, fitted, spelled. A refusal is noted and None returned."""
         where = ", ".join(str(site) for site in target.sites if site in self.at)
         try:
-            module = fit_kind(self._regroup(target, entries), self.dialect, target.match.row, plain=self.plain)
+            module = self._regroup(target, entries)
+            if module is None:
+                return None
+            if isinstance(module, Dense) and module.options.get("baked"):
+                module = self._low_rank(target, module)
+            module = fit_kind(module, self.dialect, target.match.row, plain=self.plain)
             module = fit_shape_of(module, target.match.row)
             original = module.alpha
             module = fit_alpha(module, self.dialect, keep_alpha=self.keep_alpha)
@@ -198,14 +220,31 @@ class _Writer:
         if module.options.get("rounded"):
             self._note_error(target, entries, module)
         name = self._spelled(target)
-        keys = {role: target.form.prefix + name + "." + self._leaf(role, module, target) for role in self._roles(module)}
+        prefix = self._folder(target.component) + target.form.prefix
+        keys = {role: prefix + name + "." + self._leaf(role, module, target) for role in self._roles(module)}
         for entry in entries:
             self.report.mapped.update(entry.keys.values())
         sites = tuple(site for site in target.sites if site in self.at)
         return Written(sites, target.match.name, module, keys, tuple(entries), original)
 
-    def _regroup(self, target: _Target, entries: list[Entry]) -> Module:
-        """The entries' modules as one module of the target's row."""
+    def _baked(self, entry: Entry, dialect: Dialect, base: BaseWeights) -> Entry:
+        """The entry as a full delta on the base, where the dialect cannot hold its kind."""
+        row = Row(entry.name, tuple(site.path for site in entry.sites))
+        if entry.module.linear or not requirements(entry.module, row) - dialect.holds:
+            return entry
+        return replace(entry, module=baked(entry.module, base.of(entry, self.adapter.dims)))
+
+    def _low_rank(self, target: _Target, module: Dense) -> Module:
+        """A full delta as the dialect holds it, with the loss noted."""
+        found, error = (module, 0.0) if "dense" in self.dialect.holds else approximated(module)
+        for site in target.sites:
+            if site in self.at:
+                self.report.approximated[str(site)] = error
+                self.report.lossy.add(str(site))
+        return found
+
+    def _regroup(self, target: _Target, entries: list[Entry]) -> Module | None:
+        """The entries' modules as one module of the target's row; None for a part of a fused module whose rows are all zero."""
         row = target.match.row
         if len(entries) == 1 and entries[0].sites == target.sites:
             entry = entries[0]
@@ -213,7 +252,9 @@ class _Writer:
         if len(target.sites) == 1:
             part = self._parts(entries[0]).get(target.sites[0])
             if part is None:
-                raise NotExact("its rows are all zero")
+                self.report.mapped.update(entries[0].keys.values())
+                self.report.warn("zero-rows", f"{target.sites[0]}: its rows of {entries[0].name} are all zero; nothing is written for it")
+                return None
             return part.swap_halves() if row.swapped else part
         pieces, rows = self._pieces(target, entries)
         fused = type(next(piece for piece in pieces if piece is not None)).fuse(pieces, rows)
@@ -265,6 +306,11 @@ class _Writer:
 
     # ---------------------------------------------------------------------------------------------------------- spelling
 
+    def _folder(self, component: Component) -> str:
+        """Where a PEFT adapter has a folder for each component, the one this is in: two encoders share all their names."""
+        several = self.dialect.folder and len(self.adapter.components) > 1
+        return f"{_folder_of(component)}." if several else ""
+
     def _spelled(self, target: _Target) -> str:
         name = target.match.name
         return {"dotted": name, "flat": flat(name), "flat_": flat(name) + "_"}[target.form.spelling]
@@ -291,8 +337,7 @@ class _Writer:
         configs: dict[str, dict[str, Any]] = {}
         for component_name, group in by_component.items():
             component = self._component(component_name)
-            folder = next(iter(component.prefixes.get("diffusers", (component_name,)))).rstrip(".")
-            configs[folder] = self._config(component, group)
+            configs[_folder_of(component)] = self._config(component, group)
         return configs
 
     def _config(self, component: Component, group: list[Written]) -> dict[str, Any]:
@@ -313,6 +358,11 @@ class _Writer:
         if saved and self.dialect.alpha == "config":
             config["modules_to_save"] = saved
         return config
+
+
+def _folder_of(component: Component) -> str:
+    """A component's folder in a diffusers pipeline."""
+    return next(iter(component.prefixes.get("diffusers", (component.name,)))).rstrip(".")
 
 
 def _by_kind(entries: list[Entry]) -> list[list[Entry]]:

@@ -157,9 +157,8 @@ def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tenso
 
     (up, down), (other_up, other_down) = ours, theirs
     if (up.shape[0], down.shape[1]) != (other_up.shape[0], other_down.shape[1]):
-        raise InputError(
-            f"the two modules change weights of different shapes: {up.shape[0]} x {down.shape[1]}, {other_up.shape[0]} x {other_down.shape[1]}"
-        )
+        shapes = f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}"
+        raise InputError(f"the two files change weights of different shapes: {shapes}")
 
     def gram(u: torch.Tensor, d: torch.Tensor, v: torch.Tensor, e: torch.Tensor) -> float:
         return float(((u.t() @ v) * (d @ e.t())).sum())

@@ -14,7 +14,7 @@ from loratools import __version__
 from loratools.adapters.adapter import Adapter
 from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
 from loratools.mapping.architectures import Architecture
-from loratools.mapping.bases import architecture_of_base
+from loratools.mapping.bases import BaseWeights, architecture_of_base
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.headers import metadata_for
 from loratools.mapping.read import Reading, analyse, checked, kin, named_architecture
@@ -50,7 +50,9 @@ def convert(
 
     source: file or folder of any dialect; output: None writes beside the source; dialect: a name of `loratools formats`;
     kind: "lora" turns LoHa, LoKr and tucker into LoRA exactly; dtype: fp32 | fp16 | bf16, rounded once;
-    allow_lossy: let a dtype cast through; unknown: "fail" | "drop" | "keep" for keys no table knows.
+    base: a model that supplies module names where no table has them; with allow_lossy also the weights on which kinds that
+    multiply the base (DoRA, OFT, IA3, …) are turned into full deltas, or into LoRA where the dialect holds nothing else;
+    unknown: "fail" | "drop" | "keep" for keys no table knows.
     Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1).
     """
     target = _dialect_name(dialect)
@@ -70,7 +72,11 @@ def convert(
         adapter = checked(reading, allow_unknown=unknown != "fail")
         architecture = _architecture(adapter, reading, base)
         untouched = wanted is None and kind is None and not keep_alpha and _is_identity(reading, adapter, target, unknown)
-        report, made = (Report(), None) if untouched else _planned(adapter, architecture, target, kind, keep_alpha, wanted)
+        weights = BaseWeights(Path(base), architecture) if base and allow_lossy else None
+        made = None
+        if not untouched:
+            made = plan(adapter, architecture, target, plain=kind == "lora", keep_alpha=keep_alpha, dtype=wanted, base=weights)
+        report = made.report if made else Report()
         _residue(adapter, target, unknown, report)
     except LoraToolsError as error:
         problems.append(error)
@@ -130,7 +136,7 @@ def _architecture(adapter: Adapter, reading: Reading, base: Path | str | None) -
         architecture = architecture_of_base(Path(base)) if base else named_architecture(adapter.architecture)
     if not architecture.supported:
         raise UnsupportedError(
-            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}); this architecture is recognised but not converted yet"
+            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}): recognised, but not supported yet"
         )
     return architecture
 
@@ -145,13 +151,6 @@ def _is_identity(reading: Reading, adapter: Adapter, target: str, unknown: str) 
     spoken = {assignment.hit.slot.dialect.name for assignment in assigned}
     settled = any(entry.module.alpha_source == "assumed" and entry.module.alpha is not None for entry in adapter.entries)
     return not settled and unknown != "drop" and all(kin(name, target) for name in spoken)
-
-
-def _planned(
-    adapter: Adapter, architecture: Architecture, target: str, kind: str | None, keep_alpha: bool, dtype: str | None
-) -> tuple[Report, Plan]:
-    made = plan(adapter, architecture, target, plain=kind == "lora", keep_alpha=keep_alpha, dtype=dtype)
-    return made.report, made
 
 
 def _residue(adapter: Adapter, target: str, unknown: str, report: Report) -> None:
@@ -220,7 +219,7 @@ def _result(
     dry_run: bool,
 ) -> dict[str, Any]:
     sites = made.sites if made is not None else {site for entry in adapter.entries for site in entry.sites}
-    listed = {site: error for site, error in report.approximated.items() if error > ERROR_FLOOR}
+    listed = {site: error for site, error in report.approximated.items() if error > ERROR_FLOOR or site in report.lossy}
     result: dict[str, Any] = {
         "input": str(path),
         "output": str(out),

@@ -23,7 +23,11 @@ def write_adapter_folder(out: Path, plan: Plan, tensors: Mapping[str, LazyTensor
         for position, (component, config_name) in enumerate(zip(names, components, strict=True)):
             inside = folder if len(components) == 1 else folder / config_name
             inside.mkdir(exist_ok=True)
-            chosen = {key: tensor for key, tensor in tensors.items() if owner.get(key, names[0] if position == 0 else None) == component}
+            chosen = {
+                key.removeprefix(f"{config_name}.") if key in owner else key: tensor
+                for key, tensor in tensors.items()
+                if owner.get(key, names[0] if position == 0 else None) == component
+            }
             write_safetensors(inside / "adapter_model.safetensors", chosen, metadata)
             text = json.dumps(plan.configs[config_name], indent=2, sort_keys=True)
             write_text_file(inside / "adapter_config.json", text + "\n")

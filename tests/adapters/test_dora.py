@@ -54,6 +54,13 @@ def test_axis_where_one_side_is_one(rand, shape):
     assert Dora({**lora(rand, 5, 1, kernel), "dora_scale": rand(*shape)}).axis == "in"
 
 
+def test_a_delta_that_does_not_fit_is_not_broadcast(rand):
+    module = Dora({**lora(rand, kernel=(1, 1)), "dora_scale": rand(8, 1, 1, 1)})
+    with pytest.raises(NotExact, match="fit"):
+        module.delta(rand(8, 8, 3, 3).load())
+    assert module.delta(rand(8, 8).load()).shape == (8, 8)
+
+
 def test_base_weight_is_needed_and_a_zero_row_stays_zero(rand):
     up = rand(4, 2).load()
     up[1] = 0

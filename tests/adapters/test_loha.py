@@ -7,7 +7,7 @@ import torch
 
 from loratools.adapters.adapter import NotExact
 from loratools.adapters.kinds import Loha, Lora
-from loratools.tensors.lazy import scalar_tensor
+from loratools.tensors.lazy import from_torch, scalar_tensor
 
 
 def make(rand, out, inputs, rank, alpha=None, second=None, **more):
@@ -79,6 +79,16 @@ def test_fused_parts_of_their_own_come_back(rand, rel, identical, tucker):
     assert back[1] is None
     identical(back[0], parts[0])
     identical(back[2], parts[2])
+
+
+def test_blocks_in_one_pair_only_are_split_as_rows(rand, rel):
+    module = make(rand, 8, 5, 3, 1.0)
+    first, second = torch.zeros(8, 3), torch.zeros(8, 3)
+    first[:4, :1], first[4:, 1:], second[:4] = 1.0, 2.0, 3.0
+    module = module.with_factors({**module.factors, "hada_w1_a": from_torch(first), "hada_w2_a": from_torch(second)})
+    parts = module.split([4, 4])
+    assert [part.problems() for part in parts] == [[], []]
+    assert rel(torch.cat([dense(part) for part in parts]), dense(module)) < 1e-14
 
 
 def test_unequal_scales_are_moved_into_the_factors(rand, rel):

@@ -103,6 +103,16 @@ def test_factored_first_sides_become_blocks_beside_a_full_second(rand, identical
         identical(found, expected)
 
 
+def test_blocks_beside_a_factored_second_side_keep_the_rank(rand):
+    """The rank of both sides is one: it cannot be another in a part."""
+    first = torch.zeros(4, 2)
+    first[:2, 0], first[2:, 1] = 1.0, 2.0
+    module = Lokr({**make(rand, W1_AB, W2_AB).factors, "lokr_w1_a": from_torch(first)}, 3.0)
+    parts = module.split([6, 6])
+    assert [(part.rank, part.alpha, part.problems()) for part in parts] == [(2, 3.0, []), (2, 3.0, [])]
+    assert torch.equal(torch.cat([part.delta() for part in parts]), module.delta())
+
+
 def test_refusals(rand):
     module = make(rand, W1, W2_AB, alpha=3.0)
     with pytest.raises(NotExact, match="multiples of 3"):

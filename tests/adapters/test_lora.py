@@ -53,6 +53,16 @@ def test_linear_and_1x1_convolution_give_the_same_delta(rand):
     assert torch.equal(fused.delta(), torch.cat([flat.delta(), flat.delta()]))
 
 
+def test_delta_takes_the_spelling_of_the_weight_and_is_never_broadcast(rand):
+    """diffusers#11286: 1x1 convolutions are stored both ways; merge_lora.py:99 adds (o, i, 1, 1) to every place of a 3x3 kernel."""
+    flat, conv = Lora({"up": rand(6, 2), "down": rand(2, 5)}), Lora({"up": rand(6, 2, 1, 1), "down": rand(2, 5, 1, 1)})
+    assert torch.equal(flat.delta(torch.zeros(6, 5, 1, 1))[..., 0, 0], flat.delta())
+    assert torch.equal(conv.delta(torch.zeros(6, 5)), conv.delta()[..., 0, 0])
+    assert conv.delta(torch.zeros(6, 5, 3, 3)).shape == (6, 5, 1, 1)
+    assert flat.delta(torch.zeros(5, 6)).shape == (6, 5)
+    assert Lora({"up": rand(6, 2), "down": rand(2, 45)}).delta(torch.zeros(6, 5, 3, 3)).shape == (6, 45)
+
+
 def test_tucker_core_and_its_plain_form(rand, rel):
     module = Lora({"up": rand(6, 3, 1, 1), "mid": rand(3, 3, 3, 3), "down": rand(3, 5, 1, 1)}, 1.5)
     up, mid, down = (module.factors[role].load().double() for role in ("up", "mid", "down"))
@@ -140,6 +150,23 @@ def test_shared_down_is_stacked(rand, identical):
         identical(found, expected)
 
 
+def test_shared_down_with_and_without_alpha(rand):
+    """No alpha and alpha = rank are the same scale: the fused module has the alpha, the tensor of one part is not all parts'."""
+    down = rand(3, 6)
+    parts = [Lora({"up": rand(4, 3), "down": down}), Lora({"up": rand(4, 3), "down": down, "alpha": scalar_tensor(3.0)}, 3.0)]
+    fused = Lora.fuse(parts, [4, 4])
+    assert (fused.rank, fused.alpha, "alpha" in fused.factors) == (3, 3.0, False)
+    assert torch.equal(fused.delta(), torch.cat([dense(part) for part in parts]))
+
+
+def test_shared_down_of_unequal_scales_is_not_stacked(rand, rel):
+    down = rand(3, 6)
+    parts = [Lora({"up": rand(4, 3), "down": down}, alpha) for alpha in (1.0, 2.0)]
+    fused = Lora.fuse(parts, [4, 4])
+    assert (fused.rank, fused.alpha) == (6, 6.0)
+    assert rel(fused.delta(), torch.cat([dense(part) for part in parts])) < 1e-6
+
+
 def test_fusing_biases_fills_with_zeros(rand):
     q = Lora({"up": rand(4, 2), "down": rand(2, 6), "diff_b": rand(4)})
     k = Lora({"up": rand(4, 2), "down": rand(2, 6), "bias": rand(4)})
@@ -193,6 +220,15 @@ def test_alpha_of_a_third_comes_back(rand, identical):
     assert (fused.alpha, fused.rounded) == (7.0, False)
     for found, expected in zip(fused.split([8, 8, 8]), parts, strict=True):
         identical(found, expected)
+
+
+def test_a_stored_alpha_of_the_whole_is_not_that_of_the_parts(rand):
+    """musubi's Z-Image converter and sd-scripts' split_qkv store alpha beside a block-diagonal up."""
+    parts = [Lora({"up": rand(8, r), "down": rand(r, 6)}, float(r)) for r in (2, 4)]
+    fused = Lora.fuse(parts, [8, 8])
+    stored = fused.with_factors({**fused.factors, "alpha": scalar_tensor(6.0)})
+    back = stored.split([8, 8])
+    assert [(part.alpha, "alpha" in part.factors) for part in back] == [(2.0, False), (4.0, False)]
 
 
 def test_untrained_block_keeps_its_rank(rand, identical):
@@ -257,75 +293,6 @@ def test_inputs_stay_and_outputs_share_nothing(rand):
     pointers = [tensor.load() for tensor in made]
     assert len({tensor.untyped_storage().data_ptr() for tensor in pointers}) == len(pointers)
     assert before == {role: b"".join(tensor.chunks()) for role, tensor in fused.factors.items()}
-
-
-# --- alpha moved into the factors --------------------------------------------------------------------------------------
-
-
-def test_folding_a_half_in_bf16_is_bit_exact(rand):
-    module = Lora({"up": rand(32, 16, dtype=torch.bfloat16), "down": rand(16, 24, dtype=torch.bfloat16), "alpha": scalar_tensor(8.0)}, 8.0)
-    folded = module.folded()
-    assert (folded.alpha, folded.rounded, "alpha" in folded.factors) == (None, False, False)
-    assert {tensor.dtype for tensor in folded.factors.values()} == {"BF16"}
-    assert torch.equal(dense(folded), dense(module))
-    assert module.fold_is_exact()
-
-
-def test_folding_ten_sixteenths_in_bf16_says_that_it_rounds(rand):
-    module = Lora({"up": rand(64, 16, dtype=torch.bfloat16), "down": rand(16, 24, dtype=torch.bfloat16)}, 10.0)
-    folded = module.folded()
-    assert folded.rounded
-    assert not module.fold_is_exact()
-    error = float((dense(folded) - dense(module)).norm() / dense(module).norm())
-    assert 1e-4 < error < 2.5e-3
-    assert math.isclose(module.relative_error(folded), error, rel_tol=1e-6)
-
-
-def test_a_sixty_fourth_of_small_fp16_factors_goes_where_there_is_room(rand):
-    """1/64 into an fp16 factor of 1e-5 alone would zero one value in seven."""
-    module = Lora({"up": rand(64, 8, dtype=torch.float16, size=1e-5), "down": rand(8, 48, dtype=torch.float16)}, 0.125)
-    folded = module.folded()
-    assert not folded.rounded
-    assert torch.equal(dense(folded), dense(module))
-    naive = (module.factors["up"].load() / 64).eq(0) & module.factors["up"].load().ne(0)
-    assert naive.float().mean() > 0.1
-
-
-def test_small_fp16_factors_on_both_sides_share_the_loss(rand):
-    module = Lora({"up": rand(64, 8, dtype=torch.float16, size=1e-5), "down": rand(8, 48, dtype=torch.float16, size=1e-5)}, 0.125)
-    folded = module.folded()
-    assert folded.rounded
-    for role in ("up", "down"):
-        lost = folded.factors[role].load().eq(0) & module.factors[role].load().ne(0)
-        assert lost.float().mean() < 0.06
-
-
-def test_large_fp16_factors_do_not_overflow(rand):
-    module = Lora({"up": rand(8, 2, dtype=torch.float16, size=1e4), "down": rand(2, 8, dtype=torch.float16)}, 2.0**10)
-    assert torch.equal(dense(module.folded()), dense(module))
-    with pytest.raises(NotExact, match="range"):
-        Lora({"up": rand(8, 2, dtype=torch.float16, size=1e4), "down": rand(2, 8, dtype=torch.float16, size=1e4)}, 2.0**10).folded()
-
-
-@pytest.mark.parametrize(("old", "new"), [(8.0, 2.0), (None, 16.0), (3.0, 7.0), (-4.0, 4.0)])
-def test_with_alpha_keeps_delta_and_bias(rand, rel, old, new):
-    module = Lora({"up": rand(8, 4), "down": rand(4, 8), "bias": rand(8), "diff_b": rand(8)}, old)
-    moved = module.with_alpha(new)
-    assert moved.alpha == new
-    assert rel(moved.delta(), module.delta()) < 1e-6
-    assert rel(moved.bias_delta(), module.bias_delta()) < 1e-6
-    assert moved.rounded == ((old, new) == (3.0, 7.0))
-    assert moved.rounded or torch.equal(moved.with_alpha(old or 4.0).delta(), module.delta())
-
-
-def test_a_module_without_alpha_is_folded_already(rand):
-    module = Lora({"up": rand(8, 4), "down": rand(4, 8)})
-    assert module.folded() is module
-
-
-def test_an_alpha_of_zero_cannot_be_moved(rand):
-    with pytest.raises(NotExact):
-        Lora({"up": rand(8, 4), "down": rand(4, 8)}, 0.0).folded()
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from loratools.adapters.adapter import NotExact
 from loratools.adapters.kinds import Boft, InputOft, Oft
+from loratools.tensors.lazy import from_torch
 
 
 def cayley(block, limit=None):
@@ -93,6 +94,18 @@ def test_a_constraint_that_acts_is_moved_into_the_blocks(rand, rel):
     assert float(fused.delta(wide)[24:].norm()) < 1e-12
     with pytest.raises(NotExact, match="always"):
         module.with_factors(module.factors, options={"clamp": True}).split([16, 8])
+
+
+def test_a_constraint_that_would_act_on_a_part_only_is_lifted(rand, rel):
+    blocks = rand(6, 4, 4).load()
+    blocks[1:] *= 0.01
+    norm = float((blocks - blocks.transpose(1, 2)).norm())
+    module, weight = Oft({"oft_blocks": from_torch(blocks)}, norm * 1.5 / 24), rand(24, 5).load()
+    assert rel(module.delta(weight), turned(blocks.double(), weight) - weight.double()) < 1e-12
+    parts = module.split([4, 20])
+    assert [(part.alpha, part.rounded) for part in parts] == [(0.0, False), (0.0, False)]
+    stacked = torch.cat([part.delta(rows) for part, rows in zip(parts, weight.split([4, 20]), strict=True)])
+    assert rel(stacked, module.delta(weight)) < 1e-12
 
 
 def test_oft_refusals(rand):

@@ -28,8 +28,10 @@ from loratools.tensors.metadata import (
     ("text", "value"),
     [
         ("None", None), ("", None), ("null", None), ("True", True), ("False", False), ("false", False),
-        ("8", 8), ("-1", -1), ("1e-4", 1e-4), ("0.5", 0.5), (" 16 ", 16), ('["a", 1]', ["a", 1]), ('{"a": null}', {"a": None}), ('"x"', "x"),
-        ("Dynamic", "Dynamic"), ("networks.lora", "networks.lora"), ("{broken", "{broken"), ("[1, 2", "[1, 2"), ("NaN", "NaN"), ("[NaN]", "[NaN]"),
+        ("8", 8), ("-1", -1), ("1e-4", 1e-4), ("0.5", 0.5), (" 16 ", 16),
+        ('["a", 1]', ["a", 1]), ('{"a": null}', {"a": None}), ('"x"', "x"),
+        ("Dynamic", "Dynamic"), ("networks.lora", "networks.lora"),
+        ("{broken", "{broken"), ("[1, 2", "[1, 2"), ("NaN", "NaN"), ("[NaN]", "[NaN]"),
         ("1_000", "1_000"), ("1.2.3", "1.2.3"), ("[" * 100_000, "[" * 100_000), ("9" * 5000, "9" * 5000), ("2024-01-02", "2024-01-02"),
     ],
     ids=lambda value: repr(value)[:20],
@@ -138,9 +140,11 @@ PRIVATE: dict[str, tuple[str, str | None]] = {  # text → what is left of it
 }
 
 HARMLESS = [
-    "https://huggingface.co/a/b/c", "git+https://github.com/a/b.git", "http://host:8080/a/b", "and/or", "10/16", "2024/01/02 10:11:12", "w/ love",
-    "networks.lora", "sd_xl_base_1.0.safetensors", "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))", "0.5", "None", "/", "a / b",
-    "data:image/jpeg;base64,/9j/4AAQSkZJRg/AQ/x", '{"a": "https://x.y/z/w", "b": [1, "1girl, :/ , hat"]}', "stabilityai/stable-diffusion-xl-base-1.0",
+    "https://huggingface.co/a/b/c", "git+https://github.com/a/b.git", "http://host:8080/a/b", "and/or", "10/16",
+    "2024/01/02 10:11:12", "w/ love", "networks.lora", "sd_xl_base_1.0.safetensors",
+    "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))", "0.5", "None", "/", "a / b",
+    "data:image/jpeg;base64,/9j/4AAQSkZJRg/AQ/x", '{"a": "https://x.y/z/w", "b": [1, "1girl, :/ , hat"]}',
+    "stabilityai/stable-diffusion-xl-base-1.0",
     "10_cat/dog", "12:30:00", "a:b", "ratio 1:/2", '{"user": null, "host": "None"}', "{broken /json",
 ]  # fmt: skip
 
@@ -194,12 +198,12 @@ def test_peft_metadata_round_trip() -> None:
     assert peft_metadata({"format": "pt"}) == {}
 
 
+@pytest.mark.parity
 def test_peft_metadata_as_diffusers_writes_it() -> None:
     """The text that diffusers' save_lora_weights packs into the header, read by our parser and equal to our writer's."""
-    from diffusers.loaders.lora_base import _pack_dict_with_prefix
-
+    lora_base = pytest.importorskip("diffusers.loaders.lora_base")
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["to_k", "to_q"], "bias": "none"}
-    text = json.dumps(_pack_dict_with_prefix(config, "unet"), indent=2, sort_keys=True)
+    text = json.dumps(lora_base._pack_dict_with_prefix(config, "unet"), indent=2, sort_keys=True)
     assert peft_metadata({"lora_adapter_metadata": text}) == {"unet": config}
     assert lora_adapter_metadata({"unet": config}) == text
 

@@ -7,7 +7,6 @@ Rules for split, fuse and swap are exact or refused (`NotExact`); inputs are nev
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from fractions import Fraction
@@ -238,12 +237,27 @@ def common_options(parts: Sequence[Kind]) -> dict[str, Any]:
 
 
 def part_alpha(alpha: float | None, rank: int, whole: int) -> float | None:
-    """alpha of a part of `rank` columns out of `whole`, at the same scale; the float32 value where that is meant."""
-    if alpha is None:
-        return None
-    value = float(Fraction(alpha) * rank / whole)
-    single: float = struct.unpack("<f", struct.pack("<f", value))[0]
-    return single if math.isclose(single, value, rel_tol=1e-14) else value
+    """alpha of a module of `rank` columns instead of `whole`, at the same scale."""
+    return None if alpha is None else float(Fraction(alpha) * rank / whole)
+
+
+def fitted(delta: torch.Tensor, weight: torch.Tensor | None, flattened: bool = False) -> torch.Tensor:
+    """The delta in the weight's own shape, where the two differ by kernel axes of size 1, or (flattened) a flattened kernel.
+
+    Anything else is left as it is, to be refused by whoever compares the shapes: nothing is ever broadcast.
+    """
+    if weight is None or delta.shape[0] != weight.shape[0] or delta.numel() != weight.numel():
+        return delta
+    kernels = [tuple(size for size in shape[2:] if size != 1) for shape in (delta.shape, weight.shape)]
+    fits = delta.shape[:2] == weight.shape[:2] and kernels[0] == kernels[1]
+    return delta.reshape(weight.shape) if fits or (flattened and delta.dim() == 2) else delta
+
+
+def on_base(delta: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A delta about to be added to the base weight. Raises NotExact where it has another shape."""
+    if delta.shape != weight.shape:
+        raise NotExact(f"a delta of shape {list(delta.shape)} does not fit the base weight of shape {list(weight.shape)}")
+    return delta
 
 
 def joined(roles: Sequence[str], parts: Sequence[Kind | None], rows: Sequence[int], value: float = 0.0) -> dict[str, LazyTensor]:

@@ -79,8 +79,8 @@ class Dense(Kind):
         if found:
             total = found[0]
             for other in found[1:]:
-                total = total + other.reshape(total.shape)
-            return total
+                total = total + common.on_base(common.fitted(other, total), total)
+            return common.fitted(total, weight)
         shape = tuple(weight.shape) if weight is not None else self.shape
         if None in shape:
             raise NotExact("a change of the bias alone does not tell the shape of the weight")
@@ -161,9 +161,9 @@ class Replacement(Dense):
             return super().delta(weight)
         if weight is None:
             raise NotExact(f"{role} replaces the weight: its delta needs the base weight")
-        change = fac.exact(self.factors[role]) - weight.to(change_dtype())
+        change = common.on_base(common.fitted(fac.exact(self.factors[role]), weight), weight) - weight.to(change_dtype())
         additive = {role: tensor for role, tensor in self.factors.items() if role not in SETTING}
-        return change + Dense(additive).delta(weight).reshape(change.shape) if Dense.claim(set(additive)) else change
+        return change + common.on_base(Dense(additive).delta(weight), weight) if Dense.claim(set(additive)) else change
 
     def bias_delta(self, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         added = super().bias_delta(bias)

@@ -105,7 +105,7 @@ class Dora(Kind):
         if isinstance(self.inner, Lora) and self.inner.embedding:
             raise NotExact("DoRA of an embedding is not supported")
         base = weight.to(torch.float64)
-        direction = base + self.inner.delta().reshape(base.shape)
+        direction = base + common.on_base(self.inner.delta(base), base)
         kept = 0 if self.axis == "out" else 1
         others = [axis for axis in range(base.dim()) if axis != kept]
         norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)

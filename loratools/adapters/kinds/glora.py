@@ -98,7 +98,8 @@ class Glora(Kind):
         else:
             added = up.flatten(1) @ down.flatten(1)
         inner = torch.einsum("oi...,ij->oj...", base, first.flatten(1) @ second.flatten(1))
-        return (inner + added.reshape(base.shape)) * self.scale
+        added = common.fitted(added.reshape([size for size in self.shape if size is not None]), base)
+        return (inner + common.on_base(added, base)) * self.scale
 
     def split(self, rows: Sequence[int]) -> list[Self | None]:
         """Rows of the up factor (b1), everything else in every part; no part is absent."""

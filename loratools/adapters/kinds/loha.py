@@ -95,8 +95,8 @@ class Loha(Scaled):
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         (a1, b1), (a2, b2) = self.pairs()
-        flat = (a1 @ b1) * (a2 @ b2) * self.scale
-        return flat.reshape(weight.shape if weight is not None else [size for size in self.shape if size is not None])
+        delta = ((a1 @ b1) * (a2 @ b2)).mul_(self.scale).reshape([size for size in self.shape if size is not None])
+        return common.fitted(delta, weight, flattened=not self.tucker)
 
     # --- row moves ---------------------------------------------------------------------------------------------------
 

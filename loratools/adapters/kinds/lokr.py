@@ -128,8 +128,8 @@ class Lokr(Scaled):
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         import torch
 
-        flat = torch.kron(*self.matrices()) * self.scale
-        return flat.reshape(weight.shape if weight is not None else [size for size in self.shape if size is not None])
+        delta = torch.kron(*self.matrices()).mul_(self.scale).reshape([size for size in self.shape if size is not None])
+        return common.fitted(delta, weight, flattened="lokr_w2_b" in self.factors)
 
     def norm(self, weight: torch.Tensor | None = None) -> float:
         first, second = self.matrices()

@@ -87,7 +87,8 @@ class Lora(Scaled):
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         up, down = self.matrices()
-        return (up @ down).mul_(self.scale).reshape([size for size in self.shape if size is not None])
+        delta = (up @ down).mul_(self.scale).reshape([size for size in self.shape if size is not None])
+        return common.fitted(delta, weight)
 
     def bias_delta(self, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         extra = self.extra_bias()
