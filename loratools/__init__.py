@@ -13,16 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratools.mapping.read import read as load
     from loratools.operations.compare import compare
     from loratools.operations.convert import convert
     from loratools.operations.inspect import inspect
+    from loratools.operations.save import load
 
 __version__ = "0.1.0"
 
 # public name → the module that defines it, and its name there
 _PUBLIC = {
-    "load": ("loratools.mapping.read", "read"),
+    "load": ("loratools.operations.save", "load"),
     "inspect": ("loratools.operations.inspect", "inspect"),
     "convert": ("loratools.operations.convert", "convert"),
     "compare": ("loratools.operations.compare", "compare"),

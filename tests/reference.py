@@ -42,10 +42,10 @@ def _scale(name: str, part: dict[str, torch.Tensor], config: dict[str, Any], alp
     first = next((part[role] for role in ("down", "lokr_w1_b", "lokr_w2_b", "hada_w1_b") if role in part), None)
     if first is None and not ("lokr_w1" in part and config):
         return 1.0  # dense; a LoKr of two full factors, outside PEFT
-    for component in ("", *(f"{folder}." for folder in ("unet", "transformer", "text_encoder", "text_encoder_2") if name.startswith(folder))):
+    for component in ("", f"{name.partition('.')[0]}."):  # a PEFT folder; a part of diffusers' header
         fields = {key.removeprefix(component): value for key, value in config.items() if key.startswith(component)}
         if "r" in fields:
-            module = re.sub(r"^base_model\.model\.", "", name.removeprefix(component))
+            module = name.removeprefix(component).removeprefix("base_model.model.")
             rank, value = fields["r"], fields.get("lora_alpha", fields.get("alpha"))
             rank = next((r for key, r in (fields.get("rank_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)), rank)
             value = next((a for key, a in (fields.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)), value)

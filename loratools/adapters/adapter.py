@@ -208,7 +208,7 @@ class Adapter:
 
     residue: tensors that belong to no module (unknown keys, bundled embeddings), by their own key
     metadata: the header's entries in the header's order; config: adapter_config.json of a PEFT folder
-    dims: component → the widths solved from the file's shapes (symbols of its table)
+    dims: component → the widths solved from the file's shapes (symbols of its table); order: all keys as the file lists them
     """
 
     architecture: str
@@ -219,6 +219,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     dims: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     path: Path | None = None
 
     @cached_property

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from loratools.adapters.adapter import Module
 from loratools.adapters.kinds import Dora, build
+from loratools.adapters.kinds.glora import settle_layouts
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.names import Hit, NameIndex
@@ -57,6 +58,7 @@ class Candidate:
     kernel_agreement: int = 0
     variant: str | None = None
     width_agreement: int = 0
+    encoder_agreement: int = 0  # text encoders of published widths
     covered: int = 0
     dialect: str | None = None
     evidence: list[str] = field(default_factory=list)
@@ -122,6 +124,7 @@ def detect(
     if not any(stem.is_adapter for stem in stems.stems.values()):
         return Detection(stems, {}, [], [], {})
     modules = {name: build(stem.factors) for name, stem in stems.stems.items()}
+    settle_layouts(modules.values())
     index = NameIndex([arch] if arch else registry().values())
     hits, tidied = _all_hits(index, stems.stems)
     by_architecture: dict[str, dict[str, list[Hit]]] = defaultdict(dict)
@@ -321,6 +324,11 @@ def _weigh(candidate: Candidate) -> None:
     if candidate.width_agreement:
         shown = ", ".join(f"{symbol} = {value}" for symbol, value in sorted(dims.items()))
         candidate.evidence.append(f"widths are published ones: {shown}")
+    for component in architecture.components:
+        widths = {symbol: value for symbol, value in candidate.dims.get(component.name, {}).items() if symbol in component.widths}
+        if widths and all(component.widths[symbol] == value for symbol, value in widths.items()):
+            candidate.encoder_agreement += 1
+            candidate.evidence.append(f"{component.name} has the widths of {architecture.name}'s")
     seen: dict[str, set[int]] = defaultdict(set)
     ranges: dict[str, int] = {}
     for assignment in candidate.assigned.values():
@@ -357,7 +365,7 @@ def _decide(candidates: list[Candidate]) -> list[Candidate]:
         return []
     kept = [candidate for candidate in candidates if candidate.matched == candidates[0].matched]
     kept = _language_models(kept)
-    for weight in ("kernel_agreement", "width_agreement_any", "covered"):
+    for weight in ("kernel_agreement", "width_agreement_any", "encoder_agreement", "covered"):
         if len(kept) > 1:
             values = [_weight(candidate, weight) for candidate in kept]
             kept = [candidate for candidate, value in zip(kept, values, strict=True) if value == max(values)]

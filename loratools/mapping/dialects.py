@@ -52,8 +52,10 @@ class Spelling:
         if component.name.startswith("text_encoder") and self.namespace not in table.spellings:
             aliases = tuple(name for name in table.spellings if name not in _OWN_SPELLINGS)
             return (DIFF, *aliases) if self.namespace in (DIFF, "kohya", "comfy", "omi") else ()
-        named = {"kohya": architecture.kohya_namespace, "comfy": architecture.comfy_namespace}.get(self.namespace, self.namespace)
-        return (named,) if named in table.namespaces or architecture.open_names else ()
+        own = {"kohya": architecture.kohya_namespace, "comfy": architecture.comfy_namespace}
+        named = own.get(self.namespace, self.namespace)
+        further = architecture.also_read if self.namespace in own else ()
+        return (named, *further) if named in table.namespaces or architecture.open_names else ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections import Counter
 
 from loratools.adapters.adapter import Adapter
 from loratools.mapping.architectures import Architecture
+from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.spelling import KEY as spelling_key
 from loratools.mapping.spelling import memory
 from loratools.mapping.write import Plan
@@ -30,34 +31,38 @@ _NETWORK_MODULES = {
 
 
 def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, version: str) -> dict[str, str]:
-    """The header of the output of a conversion."""
+    """The header of the output: carried entries in their order, then new ones sorted.
+
+    A rewrite in the same dialect adds no lineage: only what describes the tensors is brought up to date.
+    """
+    moved = adapter.dialect != plan.dialect.name
     carried = {
         key: value
         for key, value in adapter.metadata.items()
-        if key not in _HASHES and not key.startswith(_OWN) and (key != "lora_adapter_metadata")
+        if key not in _HASHES and not (moved and (key == "lora_adapter_metadata" or key.startswith(_OWN)))
     }
-    new: dict[str, str] = {
-        _OWN + "architecture": architecture.name,
-        _OWN + "converted_from": adapter.dialect,
-        _OWN + "version": version,
-    }
+    new = {"format": "pt", **_lineage(adapter, architecture, version)} if moved else {}
+    if moved and plan.dialect.alpha == "header":
+        new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
+    if moved and plan.dialect.alpha in ("header", "none"):
+        before = adapter.metadata.get(_OWN + "alpha") if DIALECTS[adapter.dialect].alpha in ("header", "none") else None
+        new[_OWN + "alpha"] = before or _folded_alphas(plan)
+    described = _network(plan, architecture)
+    carried.update({key: value for key, value in described.items() if key in carried})
+    if moved and plan.dialect.hashes:
+        new.update({**described, **_minimum(architecture, adapter)})
+    return {**carried, **dict(sorted((key, value) for key, value in new.items() if key not in carried))}
+
+
+def _lineage(adapter: Adapter, architecture: Architecture, version: str) -> dict[str, str]:
+    """Where the output came from: dialect, architecture, spelling, and the base name of the source."""
+    found = {_OWN + "architecture": architecture.name, _OWN + "converted_from": adapter.dialect, _OWN + "version": version}
     remembered = memory(adapter, architecture)
     if remembered is not None:
-        new[spelling_key] = remembered
+        found[spelling_key] = remembered
     if adapter.path is not None:
-        new[_OWN + "source"] = adapter.path.name
-    if plan.dialect.alpha == "header":
-        new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
-    if plan.dialect.alpha in ("header", "none"):
-        new[_OWN + "alpha"] = _folded_alphas(plan)
-    if "format" not in carried:
-        new["format"] = "pt"
-    described = _network(plan, architecture)
-    if plan.dialect.hashes or "ss_network_dim" in carried:
-        carried.update({key: value for key, value in described.items() if key in carried})
-    if plan.dialect.hashes:
-        new.update({key: value for key, value in {**described, **_minimum(architecture, adapter)}.items() if key not in carried})
-    return {**carried, **dict(sorted(new.items()))}
+        found[_OWN + "source"] = adapter.path.name
+    return found
 
 
 def _folded_alphas(plan: Plan) -> str:

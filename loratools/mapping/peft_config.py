@@ -30,6 +30,9 @@ UNSUPPORTED = {
 # Initialisations that change the base model: the factors fit only the changed base.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "eva_residual", "lora_ga")
 
+# CLIPTextModel lost this part of its module names in transformers 5; CLIPTextModelWithProjection has kept it. Both are matched.
+_CLIP = "text_model."
+
 _TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft-in": "OFT", "ia3": "IA3"}
 
 
@@ -116,17 +119,30 @@ def render(modules: Mapping[str, Any], site_names: Iterable[str], *, kind: str, 
     return config
 
 
+def carried(config: Mapping[str, Any] | None, folder: str) -> dict[str, Any]:
+    """What a rewritten config keeps of the one it replaces: which base it belongs to, and how that stores its weights."""
+    if config is None:
+        return {}
+    nested = config.get(folder)
+    own = nested if isinstance(nested, dict) else config
+    return {name: own[name] for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out", "revision") if name in own}
+
+
 def _targets(names: list[str], site_names: Iterable[str]) -> list[str] | str:
     """Full names; as one regular expression where PEFT's suffix match would also hit a module that has no adapter."""
     wanted = set(names)
     suffixes = {"." + name for name in names}
     if any(other not in wanted and other.endswith(suffix) for other in site_names for suffix in suffixes if "." not in suffix[1:]):
-        return "^(" + "|".join(re.escape(name) for name in names) + ")$"
-    return names
+        return "^(" + "|".join(_escaped(name) for name in names) + ")$"
+    return [name.removeprefix(_CLIP) for name in names]  # PEFT matches the end of a name
 
 
 def _anchored(name: str) -> str:
-    return "^" + re.escape(name)
+    return "^" + _escaped(name)
+
+
+def _escaped(name: str) -> str:
+    return rf"(?:{re.escape(_CLIP)})?{re.escape(name.removeprefix(_CLIP))}" if name.startswith(_CLIP) else re.escape(name)
 
 
 def _number(value: float) -> float | int:

@@ -86,14 +86,30 @@ def read(
     return checked(analyse(open_source(path), arch=arch, alpha=alpha, base=base), allow_unknown=allow_unknown)
 
 
+def adapter_keys(detection: Detection) -> list[str]:
+    """The keys of modules that have a leaf no base model has."""
+    return [key for stem in detection.stems.stems.values() if stem.is_adapter for key in (*stem.keys.values(), *stem.duplicates)]
+
+
+def is_adapter(source: TensorSource, detection: Detection) -> bool:
+    """Is the file an adapter: adapter keys make up at least half of it? A checkpoint may have some left inside.
+
+    A PEFT folder is an adapter however many whole modules it saves.
+    """
+    found = len(adapter_keys(detection))
+    return detection.positional or (found > 0 and (source.container == "peft" or found * 2 >= len(source.tensors)))
+
+
 def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
     """The adapter of a reading without errors; raises what `read` raises."""
     detection, path = reading.detection, reading.source.path
     if detection.positional:
         notes = DIALECTS["cloneofsimo"].notes
         raise UnsupportedError(f"{path.name}: cloneofsimo keys, {notes}", fix="convert it with the trainer that made it")
-    if not any(stem.is_adapter for stem in detection.stems.stems.values()):
-        raise UnknownError(f"{path.name}: no adapter keys", details=_sample(list(reading.source.tensors)), fix=f"loratools inspect {path}")
+    if not is_adapter(reading.source, detection):
+        some = adapter_keys(detection)
+        what = f"{len(some)} adapter keys among {len(reading.source.tensors)} tensors: a checkpoint" if some else "no adapter keys"
+        raise UnknownError(f"{path.name}: {what}", details=_sample(some or list(reading.source.tensors)), fix=f"loratools inspect {path}")
     if reading.adapter is None or detection.best is None:
         raise UnknownError(
             f"{path.name}: no architecture knows these keys",
@@ -154,6 +170,7 @@ class _Reader:
             variant=self.best.variant or None,
             residue=residue,
             dims=self.best.dims,
+            order=tuple(self.source.tensors),
             metadata=dict(self.source.metadata),
             config=self.source.config,
             path=self.source.path,

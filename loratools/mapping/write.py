@@ -116,7 +116,8 @@ class _Writer:
             self.adapter = self.adapter.replace(entries=tuple(self._baked(entry, dialect, base) for entry in self.adapter.entries))
         self.source = {id(mine): theirs for mine, theirs in zip(self.adapter.entries, adapter.entries, strict=True)}
         self.architecture, self.dialect = architecture, dialect
-        self.plain, self.keep_alpha, self.dtype = plain, keep_alpha, dtype
+        self.plain, self.dtype = plain, dtype
+        self.keep_alpha = keep_alpha or adapter.dialect == dialect.name  # a rewrite leaves the scale where the file has it
         self.report = Report()
         self.refusals: list[str] = []
         self.remembered = remembered_forms(adapter, architecture, dialect)
@@ -211,7 +212,8 @@ class _Writer:
             if isinstance(module, Dense) and module.options.get("baked"):
                 module = self._low_rank(target, module)
             module = fit_kind(module, self.dialect, target.match.row, plain=self.plain)
-            module = fit_shape_of(module, target.match.row)
+            if self.adapter.dialect != self.dialect.name:
+                module = fit_shape_of(module, target.match.row)
             original = module.alpha
             module = fit_alpha(module, self.dialect, keep_alpha=self.keep_alpha)
         except NotExact as refused:
@@ -354,6 +356,7 @@ class _Writer:
         kind = next(iter(kinds), "lora")
         names = () if self.architecture.open_names else [row.sites[0] for row in component.table.namespaces["diff"]]
         config = peft_config.render(additive, names, kind=kind, alphas=alphas)
+        config.update(peft_config.carried(self.adapter.config, _folder_of(component)))
         saved = sorted(written.name for written in group if isinstance(written.module, Dense))
         if saved and self.dialect.alpha == "config":
             config["modules_to_save"] = saved

@@ -10,21 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools import __version__
-from loratools.adapters.adapter import Adapter
+from loratools.adapters.adapter import Adapter, Entry
 from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.bases import BaseWeights, architecture_of_base
 from loratools.mapping.dialects import DIALECTS
-from loratools.mapping.headers import metadata_for
 from loratools.mapping.read import Reading, analyse, checked, kin, named_architecture
 from loratools.mapping.write import Plan, plan
-from loratools.operations.outputs import write_adapter_folder
+from loratools.operations.save import write_adapter
 from loratools.report import Report
-from loratools.tensors.finite import FiniteTensor, first_not_finite
+from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import DTYPES, LazyTensor
 from loratools.tensors.reader import open_source
-from loratools.tensors.writer import check_output, copy_file, output_folder, write_safetensors
+from loratools.tensors.writer import check_output, copy_file, output_folder
 
 ERROR_FLOOR = 1e-6  # a site whose ΔW moved by more than this is listed as approximated
 _DTYPES = {"fp32": "F32", "float32": "F32", "fp16": "F16", "float16": "F16", "bf16": "BF16", "bfloat16": "BF16"}
@@ -90,7 +88,7 @@ def convert(
         tensors = {**made.tensors, **{key: adapter.residue[key] for key in report.kept}}
     if not dry_run:
         report.check_complete(opened.tensors)
-        _write(reading, adapter, architecture, made, tensors, out, target, force)
+        _write(reading, adapter, architecture, made, tensors, out, force)
     return _result(path, out, adapter, architecture, target, report, made, tensors, dry_run)
 
 
@@ -147,10 +145,17 @@ def _is_identity(reading: Reading, adapter: Adapter, target: str, unknown: str) 
         return False
     if (reading.source.container == "peft") != DIALECTS[target].folder:
         return False
+    if DIALECTS[target].folder and not all(_loads_as_it_is(entry) for entry in adapter.entries):
+        return False
     assigned = reading.detection.best.assigned.values() if reading.detection.best else ()
     spoken = {assignment.hit.slot.dialect.name for assignment in assigned}
     settled = any(entry.module.alpha_source == "assumed" and entry.module.alpha is not None for entry in adapter.entries)
     return not settled and unknown != "drop" and all(kin(name, target) for name in spoken)
+
+
+def _loads_as_it_is(entry: Entry) -> bool:
+    """PEFT looks for one of its three spellings only, and adds the adapter's name itself."""
+    return entry.form is not None and entry.form.prefix.endswith("base_model.model.") and entry.form.scheme != "peft-named"
 
 
 def _residue(adapter: Adapter, target: str, unknown: str, report: Report) -> None:
@@ -176,7 +181,6 @@ def _write(
     made: Plan | None,
     tensors: Mapping[str, LazyTensor],
     out: Path,
-    target: str,
     force: bool,
 ) -> None:
     source = reading.source
@@ -194,17 +198,7 @@ def _write(
         else:
             copy_file(source.files[0], out, force=force)
         return
-    finite = {key: FiniteTensor(key, tensor, _why(key, source.tensors)) for key, tensor in tensors.items()}
-    metadata = metadata_for(adapter, architecture, made, version=__version__)
-    if DIALECTS[target].folder:
-        write_adapter_folder(out, made, finite, metadata, force=force)
-    else:
-        stamp = DIALECTS[target].hashes or "sshs_model_hash" in adapter.metadata
-        write_safetensors(out, finite, metadata, force=force, stamp_hashes=stamp)
-
-
-def _why(key: str, tensors: Mapping[str, LazyTensor]) -> str:
-    return "in the input, or a value overflows the output dtype"
+    write_adapter(adapter, architecture, made, tensors, out, force=force)
 
 
 def _result(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from loratools.adapters.adapter import Entry, Module, NotExact
 from loratools.errors import MalformedError
 from loratools.mapping.checkpoints import identify
 from loratools.mapping.detect import Detection
-from loratools.mapping.read import Reading, analyse
+from loratools.mapping.read import Reading, adapter_keys, analyse, is_adapter
 from loratools.operations.values import value_findings
 from loratools.report import Finding
 from loratools.tensors.hashes import sha256_file, sshs_legacy_hash, sshs_model_hash, stored_hash_problems
@@ -60,13 +61,17 @@ def inspect(
     reading = analyse(source, arch=arch, alpha=alpha)
     detection = reading.detection
     result = _identity(source, detection)
-    findings = reading.findings if result["kind"] == "adapter" else list(source.warnings)
+    findings = list(map(_as_told, reading.findings)) if result["kind"] == "adapter" else list(source.warnings)
     if result["kind"] == "adapter":
         result["adapter"] = _adapter_facts(reading)
         if modules or spectrum:
             result["modules"] = _module_rows(reading, spectrum)
     elif result["kind"] == "checkpoint":
         result["checkpoint"] = _checkpoint_facts(source, result)
+        inside = adapter_keys(detection)
+        if inside:
+            told = f"{len(inside)} adapter keys inside a checkpoint: {inside[0]} …"
+            findings.append(Finding("warning", "adapter-inside", inside[0], told))
     findings += [Finding("warning", "private-metadata", key, f"{key} {reason}") for key, reason in private_values(source.metadata)]
     if check:
         findings += value_findings(source.tensors, reading.adapter if result["kind"] == "adapter" else None)
@@ -75,6 +80,11 @@ def inspect(
     if hashes:
         result["hashes"] = _hashes(source)
     return result
+
+
+def _as_told(finding: Finding) -> Finding:
+    """A finding as it weighs for somebody who asks about the file: names no loader finds are read here, and still an error."""
+    return replace(finding, severity="error") if finding.code == "wrapper-debris" else finding
 
 
 def _identity(source: TensorSource, detection: Detection) -> dict[str, Any]:
@@ -102,12 +112,8 @@ def _identity(source: TensorSource, detection: Detection) -> dict[str, Any]:
 
 
 def _kind(source: TensorSource, detection: Detection) -> str:
-    """An adapter has adapter keys, and more of them than plain weights; a checkpoint has weights that tables or layouts know."""
-    stems = detection.stems.stems.values()
-    adapter_keys = sum(len(stem.keys) for stem in stems if stem.is_adapter)
-    if detection.positional or (adapter_keys and adapter_keys * 2 >= len(source.tensors)):
-        return "adapter"
-    if adapter_keys and detection.best is not None and detection.best.score > 0.5:
+    """An adapter has adapter keys, and at least as many of them as plain weights; a checkpoint is mostly weights and biases."""
+    if is_adapter(source, detection):
         return "adapter"
     weights = sum(key.endswith((".weight", ".bias")) for key in source.tensors)
     return "checkpoint" if weights and weights * 2 >= len(source.tensors) else "unknown"

@@ -30,11 +30,14 @@ _REASONS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is u
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What was written: `bytes` and `sha256` of the file at `path` (of shards: all bytes, the index's sha256)."""
+    """What was written: `bytes` and `sha256` of the file at `path` (of shards: all bytes, the index's sha256).
+
+    `sha256` is None where the header was completed after the payload (stamped hashes): it would need a second pass.
+    """
 
     path: Path
     bytes: int
-    sha256: str
+    sha256: str | None
     files: tuple[Path, ...] = field(default=())
 
 

@@ -114,7 +114,9 @@ class _Payload:
             self.metadata[LEGACY_HASH] = legacy_hash(self.entries, self.metadata, self._read_payload)
             self.header = render_header(self.entries, self.metadata)
             self.file.write_at(0, self.header)
-        whole = self.digest.hexdigest() if self.in_order and not self.stamp else self._digest_from(0)
+        if self.stamp:
+            return WriteResult(self.path, self.nbytes, None, (self.path,))  # a second pass over the file is not worth it
+        whole = self.digest.hexdigest() if self.in_order else self._digest_from(0)
         return WriteResult(self.path, self.nbytes, whole, (self.path,))
 
     def _read_payload(self, start: int, end: int) -> bytes:

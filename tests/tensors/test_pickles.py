@@ -301,6 +301,11 @@ def _self_reference() -> dict[str, Any]:
     return value
 
 
+def _shared_dict() -> dict[str, Any]:
+    inner = {"w": torch.ones(1)}
+    return {"a": inner, "b": inner}
+
+
 def _two_names(path: Path) -> Path:
     saved(path, {"w": torch.ones(4)})
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
@@ -322,18 +327,21 @@ ROWS: dict[str, tuple[Callable[[Path], Path], type[LoraToolsError], str]] = {
     "absolute zip name": (lambda p: archive(p, pickle.dumps({}), {"/etc/x": b""}), UnsafeError, "/etc/x"),
     "deflated records": (lambda p: repack(saved(p, {"w": torch.zeros(4)}), zipfile.ZIP_DEFLATED), MalformedError, "compressed"),
     "stride-0 view": (lambda p: saved(p, {"w": torch.ones(1).expand(1000)}), MalformedError, "w: .*stride"),
+    "stride-0 view in a storage of its size": (lambda p: saved(p, {"w": torch.ones(9)[:1].expand(9)}), MalformedError, "w: .*repeats"),
     "stride-0 view of many values": (lambda p: saved(p, {"w": torch.ones(1).expand(2**32)}), MalformedError, "w: "),
     "overlapping view": (lambda p: saved(p, {"w": torch.ones(9).as_strided((5, 5), (1, 1))}), MalformedError, "w: .*leaves its storage"),
     "meta tensor of 1e12": (lambda p: saved(p, {"w": torch.empty(10**12, device="meta")}), MalformedError, "w: .*meta"),
     "sparse": (lambda p: saved(p, {"w": torch.eye(3).to_sparse()}), MalformedError, "w: .*sparse"),
     "quantised": (lambda p: saved(p, {"w": _quantized()}), MalformedError, "w: .*quantised"),
     "int keys": (lambda p: saved(p, {0: torch.ones(1)}), MalformedError, "0: the key is no text"),
+    "int key of 5000 digits": (lambda p: saved(p, {10**5000: torch.ones(1)}), MalformedError, "256 bits"),
     "tuple keys": (lambda p: saved(p, {(1, 2): torch.ones(1)}), MalformedError, "tuple"),
     "list": (lambda p: saved(p, {"w": [torch.ones(1)]}), MalformedError, "w: .*list"),
     "set": (lambda p: saved(p, {"w": {1, 2}}), LoraToolsError, "set"),
     "top-level list": (lambda p: saved(p, [torch.ones(1)]), UnsupportedError, "a list"),
     "top-level tensor": (lambda p: saved(p, torch.ones(1)), UnsupportedError, "a tensor"),
     "self-reference": (lambda p: saved(p, _self_reference()), MalformedError, "again: refers back to itself"),
+    "one dict under two keys": (lambda p: saved(p, _shared_dict()), MalformedError, "b: .*stands twice"),
     "nested 5000 deep": (lambda p: archive(p, b"}" + b"U\x01a}" * 5000 + b"s" * 5000 + b"."), MalformedError, "nested too deeply"),
     "two tensors of one name": (lambda p: saved(p, {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}), MalformedError, "a.b: two tensors"),
     "big-endian": (lambda p: repack(saved(p, {"w": torch.ones(4)}), byteorder=b"big"), MalformedError, "big-endian"),

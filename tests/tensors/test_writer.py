@@ -152,7 +152,8 @@ def test_any_order_of_writing(tmp_path: Path) -> None:
     one = path.read_bytes()
     write_safetensors(path, lazy(), {"ss_a": "1"}, stamp_hashes=True, force=True)
     assert path.read_bytes() == one
-    assert sink.result.sha256 == hashlib.sha256(one).hexdigest()
+    assert sshs_model_hash(path) == open_source(path).metadata["sshs_model_hash"]
+    assert sink.result.bytes == len(one)
 
 
 def test_large_tensors_in_pieces(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_stamped_hashes_are_sd_scripts_own(tmp_path: Path, elements: int, tags: 
     assert (written["sshs_model_hash"], written["sshs_legacy_hash"]) == (model, legacy)
     assert (sshs_model_hash(path), sshs_legacy_hash(path)) == (model, legacy)
     assert list(written) == ["sshs_model_hash", "ss_tags", "modelspec.title", "sshs_legacy_hash"]  # an old key keeps its place
-    assert result.sha256 == sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert result.sha256 is None  # the header was completed after the payload
     assert stored_hash_problems(path, written) == []
     if elements == 3 and not tags:
         assert legacy == "e3b0c442"

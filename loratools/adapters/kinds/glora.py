@@ -9,11 +9,12 @@ LyCORIS `glora`; Chavan et al., 2023 (arXiv:2306.07967).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import factors as fac
-from loratools.adapters.adapter import NotExact
+from loratools.adapters.adapter import Module, NotExact
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Kind, Problem, register
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 ORDER = {"new": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "old": ("a2.weight", "a1.weight", "b2.weight", "b1.weight")}
+
+
+def settle_layouts(modules: Iterable[list[Module]]) -> None:
+    """Give the GLoRA modules whose own shapes fit both layouts the one that all decided modules of the file have (in place)."""
+    places = [(group, index, module) for group in modules for index, module in enumerate(group) if isinstance(module, Glora)]
+    decided = {name for _, _, module in places if len(module.fitting()) == 1 for name in module.fitting()}
+    if len(decided) == 1:
+        for group, index, module in places:
+            group[index] = replace(module, options={**module.options, "layout": next(iter(decided))})
 
 
 @register
@@ -35,10 +45,14 @@ class Glora(Kind):
     roles: ClassVar[tuple[str, ...]] = ("alpha", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight")
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),)
 
+    def fitting(self) -> dict[str, int]:
+        """layout → rank, for each layout the shapes allow."""
+        allowed = {name: order for name, order in ORDER.items() if self._fits(*(self.factors[role].shape for role in order))}
+        return {name: self.factors[order[1]].shape[0] for name, order in allowed.items()}
+
     def layouts(self) -> list[str]:
         """The layouts the shapes allow, of the smallest rank: ["new"], ["old"], both, or none."""
-        fitting = {name: order for name, order in ORDER.items() if self._fits(*(self.factors[role].shape for role in order))}
-        ranks = {name: self.factors[order[1]].shape[0] for name, order in fitting.items()}
+        ranks = self.fitting()
         return [name for name, rank in ranks.items() if rank == min(ranks.values())]
 
     @staticmethod
@@ -51,12 +65,12 @@ class Glora(Kind):
 
     @property
     def layout(self) -> str | None:
-        """ "new", "old", or None where the shapes do not decide and no option does."""
-        found = self.layouts()
-        if len(found) == 1:
-            return found[0]
+        """ "new", "old", or None: what options["layout"] says if it fits, else what the shapes decide."""
         asked = self.options.get("layout")
-        return str(asked) if asked in found else None
+        if asked in self.fitting():
+            return str(asked)
+        found = self.layouts()
+        return found[0] if len(found) == 1 else None
 
     def _order(self) -> tuple[str, str, str, str]:
         """Roles (a first applied to W, a second, up, down). Raises NotExact where the layout is undecided."""

@@ -31,6 +31,7 @@ class Architecture:
 
     kohya_namespace: the names sd-scripts/musubi flatten ("diff" where they are diffusers' own)
     comfy_namespace: the names ComfyUI's keys carry under `diffusion_model.`
+    also_read: further namespaces that some tool puts under the same two prefixes; never written
     variants: variant → published dimensions and index ranges; evidence for `variant` and for telling families apart
     base_versions: values of ss_base_model_version / modelspec.architecture (without "/lora") that name it → variant or ""
     supported: False for families that are recognised and named, but not converted yet
@@ -41,6 +42,7 @@ class Architecture:
     components: tuple[Component, ...]
     kohya_namespace: str = "orig"
     comfy_namespace: str = "orig"
+    also_read: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     base_versions: Mapping[str, str] = field(default_factory=dict)
     modelspec: str = ""  # what modelspec.architecture is written as, without "/lora"

@@ -206,8 +206,9 @@ ARCHITECTURES = (
         "z-image",
         "Z-Image",
         (transformer(Table("z-image", _Z_IMAGE, {"d": 30, "r": 2, "c": 2})), language_model("qwen3_4b")),
-        kohya_namespace="diff",  # musubi; its converter for ComfyUI writes the fused names
+        kohya_namespace="diff",  # musubi
         comfy_namespace="diff",  # ai-toolkit
+        also_read=("orig",),  # fused names: musubi's converter for ComfyUI, extracts
         variants={"base": {"h": 3840, "mlp": 10240, "cond": 256, "t_h": 1024, "txt": 2560, "head": 128, "d": 30, "r": 2, "c": 2}},
         base_versions={"z_image": "base", "Z-Image": "base"},
         modelspec="Z-Image",
