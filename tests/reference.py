@@ -1,7 +1,7 @@
 """What an adapter file means, told without loratools: {module name as in the file: dense ΔW in float64}.
 
 Its own reading of the formats, as plain as possible: safetensors reads the file, the rest is einsum. ΔW has the weight's shape
-(norms (n,)); a `.diff` counts as it is. alpha: of PEFT keys without a config.
+(norms (n,)); a `.diff` counts as it is, biases do not count. alpha: of PEFT keys without a config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 _LEAF = re.compile(
     r"^(?P<module>.+?)\.(?P<leaf>alpha|dora_scale|diff|w_norm|lora_mid\.weight|(?:hada|lokr)_\w+|lora_magnitude_vector(?:\.weight)?|"
-    r"lora_embedding_[AB]|(?:lora_)?(?:down|up)\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight|lora_[AB](?:\.(?!weight)\w+)?\.weight)$"
+    r"lora_embedding_[AB]|lora_B\.bias|(?:lora_)?(?:down|up)\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight|lora_[AB](?:\.(?!weight)\w+)?\.weight)$"
 )
 _UP, _DOWN = re.compile(r"up\.weight|lora_B|embedding_B"), re.compile(r"down\.weight|lora_A|embedding_A")
 
@@ -32,7 +32,7 @@ def deltas(path: Path, *, alpha: float | None = None) -> dict[str, torch.Tensor]
         found = _LEAF.match(key)
         assert found, f"{key}: the reference has no word for it"
         leaf = found["leaf"]
-        role = "up" if _UP.search(leaf) else "down" if _DOWN.search(leaf) else leaf
+        role = leaf if leaf == "lora_B.bias" else "up" if _UP.search(leaf) else "down" if _DOWN.search(leaf) else leaf
         assert role not in modules.setdefault(found["module"], {}), f"{key}: twice"
         modules[found["module"]][role] = tensor
     return {name: _delta(part, _scale(name, part, config, alpha)) for name, part in modules.items() if set(part) - {"alpha"}}

@@ -171,6 +171,8 @@ def _candidates(console: Console, result: Mapping[str, Any]) -> None:
     if not result.get("ambiguous") and result.get("kind") != "unknown":
         return
     candidates = result.get("candidates") or []
+    if result.get("ambiguous"):
+        candidates = [candidate for candidate in candidates if candidate.get("tied", True)]
     if not candidates:
         return
     console.print(Text("  equally good readings; --arch settles it:" if result.get("ambiguous") else "  nearest readings:", "yellow"))

@@ -62,6 +62,7 @@ class Candidate:
     covered: int = 0
     dialect: str | None = None
     evidence: list[str] = field(default_factory=list)
+    tied: bool = False  # one of several that nothing tells apart
 
     @property
     def has_denoiser(self) -> bool:
@@ -73,6 +74,7 @@ class Candidate:
             "architecture": self.architecture.published,
             "score": round(self.score, 4),
             "evidence": self.evidence,
+            "tied": self.tied,
         }
 
 
@@ -141,6 +143,8 @@ def detect(
     conflict = None
     if arch is None:
         kept, conflict = _ask_metadata(kept, candidates, metadata)
+    for candidate in kept:
+        candidate.tied = len(kept) > 1
     others = [candidate for candidate in candidates if candidate not in kept]
     return Detection(stems, modules, kept, others, tidied, conflict)
 

@@ -121,7 +121,7 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
         raise AmbiguousError(
             f"{path.name}: the keys fit {' and '.join(names)} equally well",
             details=[f"{candidate.architecture.name}: {'; '.join(candidate.evidence)}" for candidate in detection.candidates],
-            fix=f"say which: --arch {names[0]}",
+            fix="say which: " + " or ".join(f"--arch {name}" for name in names),
         )
     errors = [finding for finding in reading.errors if not (allow_unknown and finding.code == "unknown-key")]
     if errors:

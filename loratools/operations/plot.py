@@ -69,8 +69,11 @@ def energies(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def group_labels(blocks: Sequence[str], most: int) -> dict[str, str]:
-    """Block → the group it is shown in, about `most` groups: text encoders become one each, then neighbours are joined."""
-    whole = {name: name.partition(".")[0] if len(blocks) > most and name.startswith("text_encoder") else name for name in blocks}
+    """Block → the group it is shown in, about `most` groups.
+
+    Where there are more blocks, a text encoder becomes one, a UNet's layers join their block, and then neighbours are joined.
+    """
+    whole = {name: _coarse(name) if len(blocks) > most else name for name in blocks}
     series: dict[str, list[str]] = {}
     for name in dict.fromkeys(whole.values()):
         stem, _, last = name.rpartition(".")
@@ -84,6 +87,14 @@ def group_labels(blocks: Sequence[str], most: int) -> dict[str, str]:
             first, last = (name.rpartition(".")[2] for name in (part[0], part[-1]))
             joined.update(dict.fromkeys(part, part[0] if len(part) == 1 else f"{stem}.{first}-{last}"))
     return {name: joined[group] for name, group in whole.items()}
+
+
+def _coarse(block: str) -> str:
+    """text_encoder.….layers.3 → text_encoder; denoiser.up_blocks.1.2 → denoiser.up_blocks.1"""
+    tokens = block.split(".")
+    if tokens[0].startswith("text_encoder"):
+        return tokens[0]
+    return ".".join(tokens[:3]) if tokens[1:2] in (["down_blocks"], ["up_blocks"]) else block
 
 
 def group_blocks(blocks: Mapping[str, float], most: int) -> dict[str, float]:

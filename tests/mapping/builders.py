@@ -45,7 +45,16 @@ class Blank(LazyTensor):
 
 def blank(shapes: Mapping[str, tuple[int, ...] | list[int]], alpha: float = 8.0) -> dict[str, LazyTensor]:
     """Shapes as a header tells them; one-element tensors (alpha, flags) have a value, as detection reads those."""
-    return {key: scalar_tensor(alpha, shape=tuple(shape)) if len(shape) == 0 else Blank(tuple(shape)) for key, shape in shapes.items()}
+    found: dict[str, LazyTensor] = {}
+    for key, shape in shapes.items():
+        value = float(on_input(key)) if key.endswith(".on_input") else alpha
+        found[key] = Blank(tuple(shape)) if len(shape) else scalar_tensor(value)
+    return found
+
+
+def on_input(key: str) -> bool:
+    """Does IA3 scale the inputs of this module? It does for the second layer of a feed-forward."""
+    return key.rpartition(".")[0].endswith(("fc2", "ff_net_2"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ def values(
         if leaf == "alpha":
             found[key] = torch.tensor(ratio * (rank_of(stem, shapes) or 16), dtype=dtype).reshape(shape)
         elif leaf == "on_input":
-            found[key] = torch.tensor(stem.endswith(("fc2", "ff_net_2")))
+            found[key] = torch.tensor(on_input(key))
         elif leaf in ("dora_scale", "rescale"):
             found[key] = (1 + noise(key, shape)).to(dtype)
         elif "oft_blocks" in key:

@@ -41,6 +41,7 @@ def sparse(tmp_path: Path) -> Callable[..., Path]:
             header["first_stage_model.padding.weight"] = {"dtype": "U8", "shape": [padding - end], "data_offsets": [end, padding]}
             end = padding
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
