@@ -12,13 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loratools.version import VERSION
+
 if TYPE_CHECKING:
     from loratools.operations.compare import compare
     from loratools.operations.convert import convert
     from loratools.operations.inspect import inspect
     from loratools.operations.save import load
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # public name → the module that defines it, and its name there
 _PUBLIC = {

@@ -7,10 +7,13 @@ names where the terminal has room only for numbers and signs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.cli.console import Output, clean
 from loratools.cli.options import command
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXAMPLES = """
 loratools formats
@@ -68,8 +71,6 @@ def formats(output: Output) -> int:
     if output.json:
         output.emit(registries)
     elif not output.quiet:
-        from loratools.cli.spectrum_view import sheet_table
-
         console = output.console()
         for sheet in tables(registries, page=False):
             console.print(sheet_table(sheet))
@@ -139,3 +140,18 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(_cell(item) or "(none)" for item in value)
     return clean(value)
+
+
+def sheet_table(sheet: Sheet) -> Table:
+    """A sheet of `loratools formats`."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    many = len(sheet.columns) > 8  # a matrix of signs: no room between its columns
+    padding = (0, 1, 0, 0) if many else (0, 1)
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, padding=padding)
+    for index, heading in enumerate(sheet.columns):
+        table.add_column(heading, overflow="fold", no_wrap=many or index == 0, style="cyan" if index == 0 else None)
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from loratools import __version__
 from loratools.cli.run import run
+from loratools.version import VERSION
 
 
 class Entry(NamedTuple):
@@ -91,7 +91,7 @@ class Commands(click.Group):
     invoke_without_command=True,
     context_settings={"auto_envvar_prefix": "LORATOOLS", "help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, "--version", message="loratools %(version)s")
+@click.version_option(VERSION, "--version", message="loratools %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Inspect, convert and compare LoRA adapters, whatever dialect they are written in.

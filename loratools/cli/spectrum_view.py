@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.cli.console import clean, number
-from loratools.cli.formats import Sheet
 from loratools.operations.plot import energies, group_blocks, short_name
 
 _BAR = 40  # columns of the longest bar
@@ -52,18 +51,6 @@ def module_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         values = [row.get("kind"), row.get("rank"), row.get("alpha"), row.get("scale"), shape, row.get("dtype")]
         values += [row.get(key) for key in ("delta_norm", "stable_rank", "effective_rank")] if spectrum else []
         table.add_row(clean(row.get("site")), *(number(value) for value in values))
-    return table
-
-
-def sheet_table(sheet: Sheet) -> Table:
-    """A sheet of `loratools formats`."""
-    many = len(sheet.columns) > 8  # a matrix of signs: no room between its columns
-    padding = (0, 1, 0, 0) if many else (0, 1)
-    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, padding=padding)
-    for index, heading in enumerate(sheet.columns):
-        table.add_column(heading, overflow="fold", no_wrap=many or index == 0, style="cyan" if index == 0 else None)
-    for row in sheet.rows:
-        table.add_row(*row)
     return table
 
 

@@ -11,7 +11,8 @@ from loratools.adapters.adapter import Entry, Site
 from loratools.errors import UnknownError
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.checkpoints import PREFIXES
-from loratools.mapping.rules import DIFF, Row, Table, evaluate
+from loratools.mapping.dimensions import evaluate
+from loratools.mapping.rules import DIFF, Row, Table
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.reader import open_source
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratools.mapping.architectures import Architecture, registry
-from loratools.mapping.detect import best_variant, fit_shape, vote_dims
+from loratools.mapping.dimensions import best_variant, fit_shape, vote_dims
 from loratools.mapping.rules import DIFF, normal, numbers_in
 
 # prefix → (layout, part of the pipeline). Longest first wins; "" is tried last.

@@ -7,10 +7,9 @@ metadata. What is still equal after that is reported as ambiguous; nothing is gu
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loratools.adapters.adapter import Module
@@ -18,13 +17,12 @@ from loratools.adapters.kinds import Dora, build
 from loratools.adapters.kinds.glora import settle_layouts
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.dialects import DIALECTS
+from loratools.mapping.dimensions import Shape, best_variant, choose_row, shapes_of, vote_dims
 from loratools.mapping.names import Hit, NameIndex
-from loratools.mapping.rules import Match, Row, fit, solve
+from loratools.mapping.rules import Match, Row
 from loratools.mapping.stems import Stem, Stems, gather, tidy
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.metadata import base_model_hint
-
-Shape = tuple[int | None, ...]
 
 # Module names of transformers language models (llama, gpt2, gpt-neox, opt and their kin).
 _LLM = re.compile(
@@ -233,62 +231,12 @@ def _preference(hit: Hit, component_of: Mapping[str, str], dialect: str | None, 
     return (component_of[slot.form.prefix] != slot.component.name, slot.dialect.name != dialect, -counts[slot.dialect.name], slot.order)
 
 
-def shapes_of(modules: Sequence[Module], row: Row) -> list[Shape]:
-    """The shapes a stem's modules may have on a row: kernels unflattened, and for IA3 either axis (its flag may be wrong)."""
-    if not modules:
-        return [()]
-    module = modules[0]
-    shape: Shape = module.shape
-    if module.kind in ("loha", "lokr", "dora") and row.layer == "conv" and len(shape) == 2 and row.kernel and isinstance(shape[1], int):
-        size = math.prod(row.kernel)
-        if shape[1] % size == 0 and size > 1:
-            return [(shape[0], shape[1] // size, *row.kernel)]
-    if module.kind == "ia3" and len(shape) > 1:
-        return [shape, (shape[1], shape[0])]
-    return [shape]
-
-
 def _solve_by_component(chosen: Mapping[str, Hit], modules: Mapping[str, list[Module]]) -> dict[str, dict[str, int]]:
     grouped: dict[str, list[tuple[Row, Shape]]] = defaultdict(list)
     for name, hit in chosen.items():
         row = hit.matches[0].row
         grouped[hit.slot.component.name].append((row, shapes_of(modules[name], row)[0]))
     return {component: vote_dims(pairs) for component, pairs in grouped.items()}
-
-
-def vote_dims(pairs: Sequence[tuple[Row, Shape]]) -> dict[str, int]:
-    """The value most modules give each symbol, so that one wrong shape does not make all others look wrong."""
-    dims: dict[str, int] = {}
-    while True:
-        votes: dict[str, Counter[int]] = defaultdict(Counter)
-        for row, shape in pairs:
-            out, in_ = (*shape[:2], None, None)[:2]
-            for expression, value in ((row.in_, in_), (row.total_out, out)):
-                for symbol, number in (solve(expression, value, dims) or {}).items():
-                    votes[symbol][number] += 1
-        if not votes:
-            return dims
-        # the widest agreement first; the rest is solved again with it
-        symbol = max(votes, key=lambda name: votes[name].most_common(1)[0][1])
-        for name, counter in votes.items():
-            if name == symbol or len(counter) == 1:
-                dims[name] = counter.most_common(1)[0][0]
-
-
-def choose_row(matches: Sequence[Match], shape: Shape, dims: Mapping[str, int]) -> tuple[Match, dict[str, int] | None]:
-    """The row whose dimensions this shape fits, with the symbols it settles; (first row, None) when none fits."""
-    for match in matches:
-        solved = fit_shape(match.row, shape, dims)
-        if solved is not None:
-            return match, solved
-    return matches[0], None
-
-
-def fit_shape(row: Row, shape: Shape, dims: Mapping[str, int]) -> dict[str, int] | None:
-    """`rules.fit` for a module's shape, which may not know its in or out width."""
-    out = shape[0] if shape else None
-    in_ = shape[1] if len(shape) > 1 else None
-    return fit(row, out, in_, dims)
 
 
 def _components_by_prefix(hits: Mapping[str, list[Hit]], modules: Mapping[str, list[Module]]) -> dict[str, str]:
@@ -348,16 +296,6 @@ def _weigh(candidate: Candidate) -> None:
             candidate.evidence.append(f"all {len(numbers)} blocks of index {slot} are there")
         elif max(numbers) >= ranges.get(slot, 0):
             candidate.evidence.append(f"block {max(numbers)} is beyond the {ranges.get(slot, 0)} of {architecture.name}")
-
-
-def best_variant(architecture: Architecture, dims: Mapping[str, int]) -> tuple[str | None, int]:
-    """The published variant whose widths agree with all solved ones, and how many agree; (None, 0) if none does."""
-    best: tuple[str | None, int] = (None, 0)
-    for name, published in architecture.variants.items():
-        shared = [symbol for symbol in published if symbol in dims]
-        if shared and all(published[symbol] == dims[symbol] for symbol in shared) and len(shared) > best[1]:
-            best = (name, len(shared))
-    return best
 
 
 # ------------------------------------------------------------------------------------------------------------------ deciding

@@ -13,6 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratools.adapters.adapter import Module
+from loratools.adapters.kinds import Dense
+from loratools.errors import UnsupportedError
+
 # Fields whose non-default value changes what the tensors mean, in ways nothing here computes. field → what it does
 UNSUPPORTED = {
     "target_parameters": "adapts bare parameters (mixture-of-experts weights)",
@@ -32,6 +36,8 @@ RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "eva_residual", "lora_ga")
 
 # CLIPTextModel lost this part of its module names in transformers 5; CLIPTextModelWithProjection has kept it. Both are matched.
 _CLIP = "text_model."
+
+_KEPT = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "revision")  # what a rewrite does not change
 
 _TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft-in": "OFT", "ia3": "IA3"}
 
@@ -91,7 +97,7 @@ def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def render(modules: Mapping[str, Any], site_names: Iterable[str], *, kind: str, alphas: Mapping[str, float]) -> dict[str, Any]:
+def render(modules: Mapping[str, Module], site_names: Iterable[str], *, kind: str, alphas: Mapping[str, float]) -> dict[str, Any]:
     """A minimal valid config for these modules.
 
     modules: PEFT module name → Module; site_names: every module name of the model as far as known (normal forms of suffix
@@ -115,17 +121,32 @@ def render(modules: Mapping[str, Any], site_names: Iterable[str], *, kind: str, 
     if _TYPES[kind] == "OFT":
         options = next(iter(modules.values())).options
         config.update({"oft_block_size": 0, **options})
-    config.update({"inference_mode": True, "base_model_name_or_path": None, "task_type": None, "modules_to_save": None})
+    config.update({"inference_mode": True, "base_model_name_or_path": None, "task_type": None})
     return config
 
 
-def carried(config: Mapping[str, Any] | None, folder: str) -> dict[str, Any]:
-    """What a rewritten config keeps of the one it replaces: which base it belongs to, and how that stores its weights."""
-    if config is None:
-        return {}
-    nested = config.get(folder)
-    own = nested if isinstance(nested, dict) else config
-    return {name: own[name] for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out", "revision") if name in own}
+def part_of(config: Mapping[str, Any] | None, folder: str) -> Mapping[str, Any]:
+    """The config of one component: nested by folder where a file has several, {} where there is none."""
+    nested = (config or {}).get(folder)
+    return nested if isinstance(nested, dict) else config or {}
+
+
+def config_for(modules: Mapping[str, Module], known: Iterable[str], previous: Mapping[str, Any], dialect: str) -> dict[str, Any]:
+    """The config of one component from its modules as they are written.
+
+    modules: PEFT module name → Module; known: every module name of the model; previous: the config this one replaces, of which it
+    keeps which base it belongs to. Raises UnsupportedError where the modules are of several kinds: PEFT has one type a file.
+    """
+    additive = {name: module for name, module in modules.items() if not isinstance(module, Dense)}
+    kinds = {module.kind for module in additive.values()}
+    if len(kinds) > 1:
+        shown = [f"{name}: {module.kind}" for name, module in additive.items()]
+        raise UnsupportedError(f"{dialect} holds one kind of module per component, not {', '.join(sorted(kinds))}", details=shown)
+    alphas = {name: float(module.rank if module.alpha is None else module.alpha) for name, module in additive.items() if module.rank}
+    config = render(additive, known, kind=next(iter(kinds), "lora"), alphas=alphas)
+    config.update({name: previous[name] for name in _KEPT if name in previous})
+    saved = sorted(name for name, module in modules.items() if isinstance(module, Dense))
+    return {**config, "modules_to_save": saved or None}
 
 
 def _targets(names: list[str], site_names: Iterable[str]) -> list[str] | str:

@@ -17,10 +17,10 @@ from loratools.errors import AmbiguousError, InputError, UnknownError, Unsupport
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.bases import architecture_of_base
-from loratools.mapping.detect import Assignment, Candidate, Detection, detect, fit_shape
+from loratools.mapping.detect import Assignment, Candidate, Detection, detect
 from loratools.mapping.dialects import DIALECTS
+from loratools.mapping.dimensions import evaluate, fit_shape
 from loratools.mapping.names import NameIndex
-from loratools.mapping.rules import evaluate
 from loratools.mapping.stems import Stem
 from loratools.report import Finding
 from loratools.tensors.metadata import peft_metadata
@@ -256,10 +256,9 @@ class _Reader:
 
     def _config_for(self, assignment: Assignment) -> tuple[Mapping[str, Any] | None, str]:
         """The PEFT config that covers a component: the folder's adapter_config.json, or the component's part of the header."""
-        folder = next(iter(assignment.hit.slot.component.prefixes.get("diffusers", ("",)))).rstrip(".")
+        folder = assignment.hit.slot.component.folder
         if self.source.config is not None:
-            nested = self.source.config.get(folder)
-            return (nested if isinstance(nested, dict) else self.source.config), "adapter_config"
+            return peft_config.part_of(self.source.config, folder), "adapter_config"
         return self.headers.get(folder), "metadata"
 
     # ---------------------------------------------------------------------------------------------------------- findings

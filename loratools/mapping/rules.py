@@ -22,7 +22,6 @@ from functools import cache, cached_property
 DIFF = "diff"  # the namespace of the sites themselves: diffusers' (transformers') module names
 _DIGITS = re.compile(r"\d+")
 _SLOT = re.compile(r"\{(\w+)\}|(\d+)")
-_TERM = re.compile(r"(\d*)([a-z_]\w*)|(\d+)")
 
 
 @dataclass(frozen=True)
@@ -312,68 +311,3 @@ def renamed(rows: Iterable[Row], pattern: str, replacement: str) -> tuple[Row, .
         if count:
             found.append(Row(name, row.sites, row.out, row.in_, row.layer, row.kernel))
     return tuple(found)
-
-
-# ---------------------------------------------------------------------------------------------------------------- dimensions
-
-Dims = Mapping[str, int]
-
-
-@cache
-def terms(expression: str) -> Mapping[str, int]:
-    """ "3h+mlp" → {"h": 3, "mlp": 1}; a number stands under the empty symbol."""
-    found: dict[str, int] = {}
-    for term in expression.split("+"):
-        match = _TERM.fullmatch(term.strip())
-        if match is None:
-            raise ValueError(f"not a dimension: {expression!r}")
-        factor, symbol, number = match.groups()
-        if number is not None:
-            found[""] = found.get("", 0) + int(number)
-        else:
-            found[symbol] = found.get(symbol, 0) + int(factor or 1)
-    return found
-
-
-def evaluate(expression: str, dims: Dims) -> int | None:
-    """The value of an expression, or None while a symbol is unknown."""
-    if not expression:
-        return None
-    total = 0
-    for symbol, factor in terms(expression).items():
-        if symbol and symbol not in dims:
-            return None
-        total += factor * (dims[symbol] if symbol else 1)
-    return total
-
-
-def solve(expression: str, value: int | None, dims: Dims) -> dict[str, int] | None:
-    """What `expression == value` says beyond `dims`: {} for nothing, the one new symbol, or None for a contradiction."""
-    if not expression or value is None:
-        return {}
-    unknown: dict[str, int] = {}
-    rest = value
-    for symbol, factor in terms(expression).items():
-        if not symbol:
-            rest -= factor
-        elif symbol in dims:
-            rest -= factor * dims[symbol]
-        else:
-            unknown[symbol] = factor
-    if not unknown:
-        return {} if rest == 0 else None
-    if len(unknown) > 1:
-        return {} if rest > 0 else None
-    ((symbol, factor),) = unknown.items()
-    return {symbol: rest // factor} if rest > 0 and rest % factor == 0 else None
-
-
-def fit(row: Row, out: int | None, in_: int | None, dims: Dims) -> dict[str, int] | None:
-    """The symbols that make a row's shape (out, in) hold, on top of `dims`; None when no value does."""
-    found = dict(dims)
-    for expression, value in ((row.in_, in_), (row.total_out, out), (row.in_, in_)):
-        new = solve(expression, value, found)
-        if new is None:
-            return None
-        found.update(new)
-    return found

@@ -21,12 +21,12 @@ from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.baking import approximated, baked
 from loratools.mapping.bases import BaseWeights
-from loratools.mapping.detect import choose_row
 from loratools.mapping.dialects import DIALECTS, Dialect
+from loratools.mapping.dimensions import choose_row, evaluate
 from loratools.mapping.fitting import fit_alpha, fit_kind, fit_shape_of, requirements
 from loratools.mapping.leaves import COMMON_LEAF, SCHEMES
 from loratools.mapping.names import open_match
-from loratools.mapping.rules import Match, Row, evaluate, flat
+from loratools.mapping.rules import DIFF, Match, Row, flat
 from loratools.mapping.spelling import remembered_forms, usual_form
 from loratools.report import Report
 from loratools.tensors.lazy import LazyTensor
@@ -311,7 +311,7 @@ class _Writer:
     def _folder(self, component: Component) -> str:
         """Where a PEFT adapter has a folder for each component, the one this is in: two encoders share all their names."""
         several = self.dialect.folder and len(self.adapter.components) > 1
-        return f"{_folder_of(component)}." if several else ""
+        return f"{component.folder}." if several else ""
 
     def _spelled(self, target: _Target) -> str:
         name = target.match.name
@@ -339,33 +339,11 @@ class _Writer:
         configs: dict[str, dict[str, Any]] = {}
         for component_name, group in by_component.items():
             component = self._component(component_name)
-            configs[_folder_of(component)] = self._config(component, group)
+            known = () if self.architecture.open_names else tuple(row.name for row in component.table.namespaces[DIFF])
+            named = {written.name: written.module for written in group}
+            config = peft_config.config_for(named, known, peft_config.part_of(self.adapter.config, component.folder), self.dialect.name)
+            configs[component.folder] = config
         return configs
-
-    def _config(self, component: Component, group: list[Written]) -> dict[str, Any]:
-        additive = {written.name: written.module for written in group if not isinstance(written.module, Dense)}
-        kinds = {module.kind for module in additive.values()}
-        if len(kinds) > 1:
-            raise UnsupportedError(
-                f"{self.dialect.name} holds one kind per component; {component.name} has {', '.join(sorted(kinds))}",
-                details=[f"{name}: {module.kind}" for name, module in additive.items()][:20],
-            )
-        alphas = {
-            name: module.alpha if module.alpha is not None else float(module.rank or 1) for name, module in additive.items() if module.rank
-        }
-        kind = next(iter(kinds), "lora")
-        names = () if self.architecture.open_names else [row.sites[0] for row in component.table.namespaces["diff"]]
-        config = peft_config.render(additive, names, kind=kind, alphas=alphas)
-        config.update(peft_config.carried(self.adapter.config, _folder_of(component)))
-        saved = sorted(written.name for written in group if isinstance(written.module, Dense))
-        if saved and self.dialect.alpha == "config":
-            config["modules_to_save"] = saved
-        return config
-
-
-def _folder_of(component: Component) -> str:
-    """A component's folder in a diffusers pipeline."""
-    return next(iter(component.prefixes.get("diffusers", (component.name,)))).rstrip(".")
 
 
 def _by_kind(entries: list[Entry]) -> list[list[Entry]]:

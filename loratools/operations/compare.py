@@ -9,15 +9,15 @@ the rotations of an OFT), which needs no base.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.adapter import Adapter, Module, Site
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds import Dense, Dora, Lora
-from loratools.errors import InputError, UnsupportedError
+from loratools.errors import InputError, UnsupportedError, UsageError
 from loratools.mapping.read import Reading, analyse, checked
 from loratools.tensors.reader import open_source
 
@@ -27,20 +27,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Overlap:
-    """What one site adds to the sums: ‖A‖², ‖B‖², ⟨A, B⟩, ‖B - A‖²."""
+    """What one site adds to the sums: ‖A‖², ‖B‖², ⟨A, B⟩, ‖B - A‖²; `parts`: those of ΔW, bias, magnitude where it has several."""
 
     a: float
     b: float
     inner: float
     error: float
+    parts: tuple[_Overlap, ...] = ()
 
     @property
     def relative_error(self) -> float:
+        """The largest of its parts (a magnitude is far larger than ΔW and must not hide it); inf where a value is NaN."""
+        if self.parts:
+            return max(part.relative_error for part in self.parts)
+        if not (math.isfinite(self.error) and math.isfinite(self.a)):
+            return math.inf
         return math.sqrt(self.error / self.a) if self.a else (0.0 if not self.error else math.inf)
 
     @property
     def cosine(self) -> float | None:
         return self.inner / math.sqrt(self.a * self.b) if self.a and self.b else None
+
+    @staticmethod
+    def total(parts: Collection[_Overlap]) -> _Overlap:
+        a, b, inner, error = (sum(getattr(part, name) for part in parts) for name in ("a", "b", "inner", "error"))
+        return _Overlap(a, b, inner, error)
 
 
 def compare(
@@ -63,9 +74,9 @@ def compare(
     if first.architecture != second.architecture:
         raise InputError(f"two architectures: {Path(a).name} is {first.architecture}, {Path(b).name} is {second.architecture}")
     ours, theirs = first.modules, second.modules
-    sites = {site: _overlap(site, ours.get(site, ()), theirs.get(site, ())) for site in sorted({*ours, *theirs})}
+    sites = _overlaps(ours, theirs)
     ranked = sorted(sites.items(), key=lambda item: -item[1].relative_error)
-    total = _Overlap(*(math.fsum(getattr(overlap, name) for overlap in sites.values()) for name in ("a", "b", "inner", "error")))
+    total = _Overlap.total(sites.values())
     worst_error = ranked[0][1].relative_error if ranked else 0.0
     result: dict[str, Any] = {
         "equal": worst_error <= tolerance,
@@ -89,24 +100,24 @@ def _row(site: Site, overlap: _Overlap) -> dict[str, Any]:
 
 def _read_both(a: Path, b: Path, arch: str | None, alpha: float | None, base: Path | None) -> tuple[Adapter, Adapter]:
     """Both adapters; a file whose architecture is ambiguous alone is settled by the other one."""
-    readings = [
-        analyse(open_source(path), arch=arch, alpha=alpha if alpha is not None and _needs_alpha(path, arch) else None, base=base)
-        for path in (a, b)
-    ]
+    alphas = [alpha if alpha is not None and _needs_alpha(path, arch, base) else None for path in (a, b)]
+    if alpha is not None and alphas == [None, None]:
+        raise UsageError("--alpha is for a file that records none; both of these record their own")
+    readings = [analyse(open_source(path), arch=arch, alpha=value, base=base) for path, value in zip((a, b), alphas, strict=True)]
     for position, reading in enumerate(readings):
         other = readings[1 - position].detection
         if reading.detection.ambiguous and not other.ambiguous and other.best is not None:
             name = other.best.architecture.name
             if any(candidate.architecture.name == name for candidate in reading.detection.candidates):
-                readings[position] = analyse(reading.source, arch=name, alpha=None, base=base)
+                readings[position] = analyse(reading.source, arch=name, alpha=alphas[position], base=base)
     first, second = (_usable(reading) for reading in readings)
     return first, second
 
 
-def _needs_alpha(path: Path, arch: str | None) -> bool:
-    """Does the file leave some alpha unrecorded? --alpha speaks only for those."""
-    reading = analyse(open_source(path), arch=arch)
-    return reading.adapter is not None and any(entry.module.alpha is None and entry.module.rank for entry in reading.adapter.entries)
+def _needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
+    """Does the file leave some alpha unrecorded, or 0? --alpha speaks only for those."""
+    adapter = analyse(open_source(path), arch=arch, base=base).adapter
+    return adapter is not None and any(entry.module.rank and not entry.module.alpha for entry in adapter.entries)
 
 
 def _usable(reading: Reading) -> Adapter:
@@ -120,23 +131,41 @@ def _usable(reading: Reading) -> Adapter:
 # -------------------------------------------------------------------------------------------------------------- one site
 
 
-def _overlap(site: Site, ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
-    """The sums of one site; a missing side is a delta of zero."""
-    plain = [module for module in (*ours, *theirs) if not _is_plain(module)]
-    if not plain and ours and theirs:
+def _overlaps(ours: Mapping[Site, tuple[Module, ...]], theirs: Mapping[Site, tuple[Module, ...]]) -> dict[Site, _Overlap]:
+    """The sums of every site. Raises InputError that lists all sites whose shapes differ."""
+    found: dict[Site, _Overlap] = {}
+    problems: list[str] = []
+    for site in sorted({*ours, *theirs}):
+        try:
+            found[site] = _overlap(ours.get(site, ()), theirs.get(site, ()))
+        except _ShapesDiffer as error:
+            problems.append(f"{site}: {error}")
+    if problems:
+        raise InputError(f"{len(problems)} sites have different shapes in the two files", details=problems)
+    return found
+
+
+class _ShapesDiffer(Exception):
+    """The two modules of a site change weights of different shapes."""
+
+
+def _overlap(ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
+    """The sums of one site; a missing side is a delta of zero. Raises _ShapesDiffer."""
+    if ours and theirs and all(map(_is_plain, (*ours, *theirs))):
         return _low_rank(_joined(ours), _joined(theirs))
     mine, other = _parameters(ours), _parameters(theirs)
-    sums = [0.0, 0.0, 0.0, 0.0]
-    for name in {*mine, *other}:
+    parts = []
+    for name in {**mine, **other}:
         left, right = mine.get(name), other.get(name)
         left = left if left is not None else right.new_zeros(right.shape)  # type: ignore[union-attr]
         right = right if right is not None else left.new_zeros(left.shape)
         if left.numel() != right.numel():
-            raise InputError(f"{site}: {name} has shape {list(left.shape)} in one file and {list(right.shape)} in the other")
+            raise _ShapesDiffer(f"{name} of shape {list(left.shape)} and {list(right.shape)}")
         left, right = left.flatten(), right.flatten()
-        values = (left @ left, right @ right, left @ right, (right - left) @ (right - left))
-        sums = [total + float(value) for total, value in zip(sums, values, strict=True)]
-    return _Overlap(*sums)
+        difference = right - left
+        parts.append(_Overlap(float(left @ left), float(right @ right), float(left @ right), float(difference @ difference)))
+    total = _Overlap.total(parts)
+    return replace(total, parts=tuple(parts))
 
 
 def _is_plain(module: Module) -> bool:
@@ -157,8 +186,7 @@ def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tenso
 
     (up, down), (other_up, other_down) = ours, theirs
     if (up.shape[0], down.shape[1]) != (other_up.shape[0], other_down.shape[1]):
-        shapes = f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}"
-        raise InputError(f"the two files change weights of different shapes: {shapes}")
+        raise _ShapesDiffer(f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}")
 
     def gram(u: torch.Tensor, d: torch.Tensor, v: torch.Tensor, e: torch.Tensor) -> float:
         return float(((u.t() @ v) * (d @ e.t())).sum())

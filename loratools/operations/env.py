@@ -10,7 +10,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from loratools import __version__
+from loratools.version import VERSION
 
 PACKAGES = (
     "torch", "safetensors", "numpy", "click", "rich", "diffusers", "peft", "transformers", "accelerate", "pydantic", "pillow",
@@ -23,7 +23,7 @@ SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_VISIBL
 def environment(*, devices: bool = False) -> dict[str, Any]:
     """Versions, platform, processors, memory in bytes; with `devices` (imports torch) the GPUs that torch sees."""
     found: dict[str, Any] = {
-        "loratools": __version__,
+        "loratools": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),

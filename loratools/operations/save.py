@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from loratools import __version__
 from loratools.adapters.adapter import Adapter
 from loratools.errors import UnsupportedError
 from loratools.mapping.architectures import Architecture
@@ -21,6 +20,7 @@ from loratools.tensors.finite import FiniteTensor
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.reader import open_source
 from loratools.tensors.writer import check_output, output_folder, write_safetensors, write_text_file
+from loratools.version import VERSION
 
 _NOT_FINITE = "in the input, or a value overflows the output dtype"
 
@@ -72,7 +72,7 @@ def write_adapter(
     place = {key: position for position, key in enumerate(adapter.order)}
     if place.keys() >= finite.keys():  # the file's own keys: in the file's own order
         finite = dict(sorted(finite.items(), key=lambda item: place[item[0]]))
-    metadata = metadata_for(adapter, architecture, made, version=__version__)
+    metadata = metadata_for(adapter, architecture, made, version=VERSION)
     if made.dialect.folder:
         _write_folder(out, made, finite, metadata, force=force)
     else:

@@ -144,8 +144,7 @@ def _component(stem: str, arch: str) -> tuple[str, str]:
     """(component, the module's name behind the prefix)."""
     prefix = next((prefix for prefix in (*_FLAT, *_DOTTED) if stem.startswith(prefix)), "")
     name = stem[len(prefix) :]
-    if name.startswith("base_model.model."):
-        name = name.removeprefix("base_model.model.")
+    name = name.removeprefix("base_model.model.")
     if prefix == "transformer_2.":
         return "denoiser_2", name
     inner = re.match(r"(?:text_model|encoder[._]layers|encoder[._]block|layers[._]\d+[._]self_attn|text_projection)", name)
@@ -247,9 +246,9 @@ def _change(part: Part, base: _Base) -> tuple[Tensor | None, Tensor | None]:
     scale = 1.0 if part.alpha is None or "up" not in f else part.alpha / f["down"].shape[0]
     if "bias" in f:
         bias = f["bias"] * scale
-    magnitude = next((f[role] for role in ("dora_scale", "lora_magnitude_vector", "magnitude") if role in f), None)
-    if magnitude is not None:
-        delta = _dora(delta, magnitude, base)
+    role = next((role for role in ("dora_scale", "lora_magnitude_vector", "magnitude") if role in f), None)
+    if role is not None:
+        delta = _dora(delta, f[role], role == "dora_scale" and f[role].shape[0] == 1, base)
     if "scale" in f or "set_weight" in f or ("weight" in f and "on_input" not in f):
         delta = delta - _drawn(base.names[0], tuple(delta.shape))
     return delta.flatten(1) if delta.dim() > 1 else delta, bias
@@ -292,10 +291,10 @@ def _lokr(part: Part) -> Tensor:
     return scale * torch.kron(one.reshape(*one.shape, *(1,) * (two.dim() - 2)), two)
 
 
-def _dora(delta: Tensor, magnitude: Tensor, base: _Base) -> Tensor:
+def _dora(delta: Tensor, magnitude: Tensor, on_inputs: bool, base: _Base) -> Tensor:
     weight = base.weight(*delta.shape[:2], tuple(delta.shape[2:]))
     sum_ = weight + delta
-    if magnitude.dim() > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == delta.shape[1] != 1:
+    if on_inputs:
         norm = sum_.transpose(0, 1).flatten(1).norm(dim=1)
         shape = (1, -1, *(1,) * (delta.dim() - 2))
     else:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from loratools.mapping.architectures import Architecture, Component, registry
-from loratools.mapping.rules import Match, Row, Table, evaluate, fit
+from loratools.mapping.dimensions import evaluate, fit
+from loratools.mapping.rules import Match, Row, Table
 
 torch = pytest.importorskip("torch")
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from loratools.mapping.architectures import registry
-from loratools.mapping.rules import Match, Row, Table, fit, solve
+from loratools.mapping.dimensions import fit, solve
+from loratools.mapping.rules import Match, Row, Table
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -217,14 +217,18 @@ def test_every_dialect_there_and_back(name: str, tmp_path: Path) -> None:
         assert result["dropped"] == result["kept"] == [] or companions
         assert result["tensors_in"] == len(tensors)
         after = effects(there, arch)
-        sites = {site.removesuffix(":bias") for site in after}
-        assert result["sites"] == len(sites)
-        assert sites == {site.removesuffix(":bias") for site in before}
-        assert worst(before, after) <= EXACT, dialect
+        error = worst(before, after)
+        assert {site for site in after if after[site].any()} == {*before}, dialect
+        assert result["sites"] == len({site.removesuffix(":bias") for site in before})
+        assert error <= (ROUNDED if result["max_relative_error"] else EXACT), dialect
+        assert error <= result["max_relative_error"] * 1.01 + EXACT, dialect
         assert result["exact"] is True
         back = out(tmp_path, f"{dialect}-back", home)
         convert(there, back, home, arch=arch)
-        assert same_bits(tensors, load(back)) == [], f"{home} -> {dialect} -> {home}"
+        if result["max_relative_error"]:  # a tucker core was worked into the factor beside it: no way back
+            assert worst(before, effects(back, arch)) <= ROUNDED, dialect
+        else:
+            assert same_bits(tensors, load(back)) == [], f"{home} -> {dialect} -> {home}"
     assert home in written
 
 

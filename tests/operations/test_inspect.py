@@ -68,7 +68,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tens
     "every down zero": (lambda t: zeroed(t, "lora_down.weight"), "dead-adapter"),
     "one NaN": (lambda t: {**t, f"{Q}.lora_up.weight": planted(t[f"{Q}.lora_up.weight"], math.nan)}, "not-finite"),
     "one Inf, half precision": (lambda t: {**t, f"{Q}.lora_up.weight": planted(t[f"{Q}.lora_up.weight"], -math.inf).half()}, "not-finite"),
-    "rank 0 (ZeRO-3)": (lambda t: {**t, f"{Q}.lora_up.weight": torch.empty(16, 0), f"{Q}.lora_down.weight": torch.empty(0, 16)}, "empty-tensor"),
+    "rank 0 (ZeRO-3)": (
+        lambda t: {**t, f"{Q}.lora_up.weight": torch.empty(16, 0), f"{Q}.lora_down.weight": torch.empty(0, 16)},
+        "empty-tensor",
+    ),
     "size 0 (ZeRO-3)": (lambda t: {**t, f"{Q}.lora_down.weight": torch.empty(0)}, "empty-tensor"),
     "up alone": (lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_down.weight"}, "orphan"),
     "alpha alone": (lambda t: {**t, f"{K}.alpha": torch.tensor(1.0)}, "orphan"),
@@ -115,7 +118,15 @@ UNTRAINED = {  # what LyCORIS starts from: one factor of each product is zero
     "oft": {"oft_blocks": None},
     "dense": {"diff": None, "diff_b": None},
 }
-ZEROS = {"hada_w2_a": (16, 2), "lokr_w2_b": (2, 4), "a2.weight": (2, 16), "b1.weight": (16, 2), "oft_blocks": (4, 4, 4), "diff": (16, 16), "diff_b": (16,)}
+ZEROS = {
+    "hada_w2_a": (16, 2),
+    "lokr_w2_b": (2, 4),
+    "a2.weight": (2, 16),
+    "b1.weight": (16, 2),
+    "oft_blocks": (4, 4, 4),
+    "diff": (16, 16),
+    "diff_b": (16,),
+}
 
 
 @pytest.mark.parametrize("kind", UNTRAINED)
@@ -173,7 +184,9 @@ def test_modules_are_counted_by_kind_not_by_tensor(name: str, save: Save, randn:
     tensors = {f"{stem}.{leaf}": randn(*shape) if shape else torch.tensor(1.0) for leaf, shape in leaves.items()}
     if f"{stem}.on_input" in tensors:
         tensors[f"{stem}.on_input"] = torch.tensor(False)
-    result = inspect(save("kind.safetensors", {**tensors, **sd1(randn)} if stem != Q else {**sd1_without_q(randn), **tensors}), modules=True)
+    result = inspect(
+        save("kind.safetensors", {**tensors, **sd1(randn)} if stem != Q else {**sd1_without_q(randn), **tensors}), modules=True
+    )
     others = 3 if stem != Q else 2
     facts = result["adapter"]
     assert facts["modules"] == others + 1
@@ -198,7 +211,13 @@ def test_a_peft_folder_has_its_modules_and_its_alpha(peft: Any, randn: Make) -> 
     for number, part, rank in ((0, "q", 8), (0, "v", 4), (1, "q", 8)):
         tensors[f"{layer.format(number, part)}.lora_A.weight"] = randn(rank, 32)
         tensors[f"{layer.format(number, part)}.lora_B.weight"] = randn(32, rank)
-    config = {"r": 8, "lora_alpha": 16, "rank_pattern": {"v_proj": 4}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 2}, "use_rslora": True}
+    config = {
+        "r": 8,
+        "lora_alpha": 16,
+        "rank_pattern": {"v_proj": 4},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 2},
+        "use_rslora": True,
+    }
     result = inspect(peft("llm", tensors, {**config, "target_modules": ["q_proj", "v_proj"]}), modules=True)
     assert (result["container"], result["dialect"], result["architecture"]) == ("peft", "peft", "llm")
     assert (result["adapter"]["modules"], result["adapter"]["ranks"]) == (3, {"8": 2, "4": 1})
@@ -214,9 +233,17 @@ def test_alphas_of_every_stored_form(save: Save, randn: Make) -> None:
     forms = {"q": torch.tensor(2.0), "k": torch.tensor([2.0]), "v": torch.tensor(2), "out_0": torch.tensor(2.8, dtype=torch.bfloat16)}
     tensors = {}
     for part, alpha in forms.items():
-        tensors.update({**lora(BLOCK + f"transformer_blocks_0_attn1_to_{part}", randn, alpha=None), BLOCK + f"transformer_blocks_0_attn1_to_{part}.alpha": alpha})
+        tensors.update(
+            {
+                **lora(BLOCK + f"transformer_blocks_0_attn1_to_{part}", randn, alpha=None),
+                BLOCK + f"transformer_blocks_0_attn1_to_{part}.alpha": alpha,
+            }
+        )
     tensors.update(lora(BLOCK + "transformer_blocks_0_attn2_to_q", randn, alpha=None))
-    rows = {row["site"].rpartition("blocks.0.")[2]: row for row in inspect(save("forms.safetensors", tensors), modules=True, arch="sd1")["modules"]}
+    rows = {
+        row["site"].rpartition("blocks.0.")[2]: row
+        for row in inspect(save("forms.safetensors", tensors), modules=True, arch="sd1")["modules"]
+    }
     bf16 = float(torch.tensor(2.8, dtype=torch.bfloat16))
     assert {site: row["alpha"] for site, row in rows.items()} == {
         "attn1.to_q": 2.0,
@@ -322,7 +349,9 @@ def test_the_norm_of_other_kinds(kind: str, save: Save, randn: Make) -> None:
     delta = formula({leaf: tensor.double() for leaf, tensor in factors.items()})
     assert row["delta_norm"] == pytest.approx(float(delta.norm()), rel=1e-9)
     kept = len(row["singular_values"])
-    assert torch.tensor(row["singular_values"], dtype=torch.float64) == pytest.approx(torch.linalg.svdvals(delta)[:kept], rel=1e-6, abs=1e-9)
+    assert torch.tensor(row["singular_values"], dtype=torch.float64) == pytest.approx(
+        torch.linalg.svdvals(delta)[:kept], rel=1e-6, abs=1e-9
+    )
     if kept < 16:  # what is listed is a head; the norm and the ranks are those of all of it
         assert sum(value**2 for value in row["singular_values"]) <= float(delta.norm()) ** 2 * (1 + 1e-12)
 
@@ -341,5 +370,7 @@ def test_dora_has_no_norm_without_its_base(save: Save, randn: Make) -> None:
 def test_nothing_is_imported_that_headers_do_not_need(save: Save, randn: Make) -> None:
     path = save("light.safetensors", sd1(randn))
     code = "import sys; from loratools.operations.inspect import inspect; inspect(sys.argv[1], modules=True, check=True, hashes=True)"
-    said = subprocess.run([sys.executable, "-c", f"{code}; print('torch' in sys.modules)", str(path)], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)", str(path)], capture_output=True, text=True, check=True
+    )
     assert said.stdout.split() == ["False"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from loratools.mapping.architectures import registry
-from loratools.mapping.rules import evaluate
+from loratools.mapping.dimensions import evaluate
 from loratools.operations.inspect import inspect
 
 Save = Callable[..., Path]
@@ -109,7 +109,9 @@ def test_tensors_beat_metadata_that_contradicts_them(false: str, sparse: Any) ->
     assert false in result["problems"][0]["message"]
 
 
-@pytest.mark.parametrize("foreign", ["some.thing", f"{NATIVE}distilled_guidance_layer.norms.0.lora_A.weight", "lora_unet_x.alpha", "__note"])
+@pytest.mark.parametrize(
+    "foreign", ["some.thing", f"{NATIVE}distilled_guidance_layer.norms.0.lora_A.weight", "lora_unet_x.alpha", "__note"]
+)
 def test_one_foreign_key_keeps_the_verdict(foreign: str, sparse: Any) -> None:
     shapes = flux_attention() | MODULATION
     result = inspect(sparse("foreign.safetensors", {foreign: (1,), **shapes}))
@@ -252,7 +254,11 @@ def test_a_pipeline_folder(sparse: Any, tmp_path: Path) -> None:
 def test_sharded_language_model(sparse: Any, tmp_path: Path) -> None:
     shards = {
         "model-00001-of-00002.safetensors": {"model.embed_tokens.weight": (64, 32), "model.layers.0.self_attn.q_proj.weight": (32, 32)},
-        "model-00002-of-00002.safetensors": {"model.layers.1.mlp.up_proj.weight": (48, 32), "model.norm.weight": (32,), "lm_head.weight": (64, 32)},
+        "model-00002-of-00002.safetensors": {
+            "model.layers.1.mlp.up_proj.weight": (48, 32),
+            "model.norm.weight": (32,),
+            "lm_head.weight": (64, 32),
+        },
     }
     for name, shapes in shards.items():
         sparse(f"llm/{name}", shapes)
@@ -338,7 +344,10 @@ def test_metadata_is_read_with_tolerance(save: Save, randn: Make, run: Any) -> N
 
 TRIGGERS = {
     "modelspec": ({"modelspec.trigger_phrase": "ohwx style"}, ["ohwx style"]),
-    "sd-scripts": ({"ss_tag_frequency": '{"10_sks dog": {"sks dog": 20, "outdoors": 3}}', "ss_dataset_dirs": '{"10_sks dog": {"img_count": 20}}'}, ["sks dog"]),
+    "sd-scripts": (
+        {"ss_tag_frequency": '{"10_sks dog": {"sks dog": 20, "outdoors": 3}}', "ss_dataset_dirs": '{"10_sks dog": {"img_count": 20}}'},
+        ["sks dog"],
+    ),
     "ai-toolkit": ({"software": '{"name": "ai-toolkit", "trigger_word": "p3r5on"}'}, ["p3r5on"]),
     "ai-toolkit, training info": ({"training_info": '{"step": 9}', "trigger_word": "zxc"}, ["zxc"]),
     "none": ({"ss_output_name": "thing"}, []),
@@ -357,7 +366,11 @@ def test_trigger_words(source: str, save: Save, randn: Make, run: Any) -> None:
 def test_private_paths_are_flagged_and_none_are_added(save: Save, randn: Make, run: Any, tmp_path: Path) -> None:
     """sd-scripts#151, kohya-trainer#267: a published file tells its maker's home folder."""
     stem = "lora_unet_up_blocks_3_attentions_0_proj_in"
-    tensors = {f"{stem}.lora_down.weight": randn(4, 16, 1, 1), f"{stem}.lora_up.weight": randn(16, 4, 1, 1), f"{stem}.alpha": torch.tensor(2.0)}
+    tensors = {
+        f"{stem}.lora_down.weight": randn(4, 16, 1, 1),
+        f"{stem}.lora_up.weight": randn(16, 4, 1, 1),
+        f"{stem}.alpha": torch.tensor(2.0),
+    }
     leaking = save("leaking.safetensors", tensors, {"ss_train_data_dir": "/home/alice/pictures", "ss_steps": "5"})
     found = [problem for problem in inspect(leaking)["problems"] if problem["code"] == "private-metadata"]
     assert [problem["site"] for problem in found] == ["ss_train_data_dir"]

@@ -14,7 +14,6 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from fixtures import make
-
 from loratools.operations.convert import convert as operation
 
 

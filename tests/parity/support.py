@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import adapters, make
 from safetensors.torch import save_file
 
+from fixtures import adapters, make
 from tests.parity.original import original, stacked
 
 Truth = Mapping[str, Mapping[str, torch.Tensor]]  # pipeline folder → module → ΔW

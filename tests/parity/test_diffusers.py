@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import adapters, make
 from safetensors import safe_open
 
+from fixtures import adapters, make
 from tests import reference
 from tests.parity.support import apart, assert_deltas, expected, made, merged, save_kohya, truth_of
 

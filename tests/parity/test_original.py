@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fixtures import make
 
+from fixtures import make
 from tests.parity.original import original, stacked, unet_name
 
 pytestmark = pytest.mark.parity

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import adapters, make
 from safetensors.torch import load_file, save_file
 
+from fixtures import adapters, make
 from loratools.operations.inspect import inspect
 from tests import reference
 from tests.parity.support import apart, assert_deltas, made, save_kohya, truth_of

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import adapters, make
 from safetensors.torch import load_file
 
+from fixtures import adapters, make
 from tests import reference
 from tests.parity.support import assert_deltas, expected
 

@@ -24,6 +24,11 @@ class Component:
     prefixes: Mapping[str, tuple[str, ...]]
     widths: Mapping[str, int] = field(default_factory=dict)  # published dimensions, to tell CLIP-L from CLIP-G
 
+    @property
+    def folder(self) -> str:
+        """Its folder in a diffusers pipeline: `unet`, `transformer`, `text_encoder`, …"""
+        return next(iter(self.prefixes.get("diffusers", (self.name,)))).rstrip(".")
+
 
 @dataclass(frozen=True)
 class Architecture:
