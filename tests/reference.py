@@ -63,7 +63,14 @@ def _delta(part: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
     if "up" in part:
         return (scale * part["up"].flatten(1) @ part["down"].flatten(1)).reshape(len(part["up"]), *part["down"].shape[1:])
     if "hada_w1_a" in part:
-        pair = [part[f"hada_{w}_a"] @ part[f"hada_{w}_b"] for w in ("w1", "w2")]
-        return scale * pair[0] * pair[1]
-    one, two = (part[f"lokr_{w}"] if f"lokr_{w}" in part else part[f"lokr_{w}_a"] @ part[f"lokr_{w}_b"] for w in ("w1", "w2"))
-    return scale * torch.kron(one.reshape(*one.shape, *[1] * (two.dim() - 2)), two)
+        return scale * _product(part, "hada_w1", "hada_t1") * _product(part, "hada_w2", "hada_t2")
+    one, two = _product(part, "lokr_w1"), _product(part, "lokr_w2", "lokr_t2")
+    return scale * torch.kron(one.reshape(*one.shape, *[1] * (two.dim() - 2)), two.contiguous())
+
+
+def _product(part: dict[str, torch.Tensor], name: str, core: str = "") -> torch.Tensor:
+    """A factor that is whole, a product a @ b, or a Tucker core with a (rank, out) and b (rank, in)."""
+    if name in part:
+        return part[name]
+    a, b = part[f"{name}_a"], part[f"{name}_b"]
+    return torch.einsum("ijhw,io,jn->onhw", part[core], a, b) if core in part else a @ b

@@ -192,8 +192,9 @@ def _problems(console: Console, problems: list[Mapping[str, Any]]) -> None:
     grid.add_column(overflow="fold")
     for problem in sorted(problems, key=lambda problem: problem["severity"] != "error"):
         style = _SEVERITY.get(problem["severity"], "")
-        where = f"{clean(problem['site'])}: " if problem.get("site") else ""
-        message = Text.assemble((clean(problem.get("code") or ""), style), f"  {where}{clean(problem.get('message') or '')}")
+        told, site = problem.get("message") or "", problem.get("site")
+        where = f"{site}: " if site and site not in told else ""
+        message = Text.assemble((clean(problem.get("code") or ""), style), f"  {clean(where + told)}")
         if problem.get("fix"):
             message.append(f"\nfix: {clean(problem['fix'])}", "green")
         grid.add_row(Text(f"  {problem['severity']}", style), message)

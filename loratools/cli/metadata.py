@@ -16,7 +16,7 @@ from loratools.errors import UsageError
 EXAMPLES = """
 loratools metadata style.safetensors
 loratools metadata style.safetensors --get ss_network_dim
-loratools metadata style.safetensors titled.safetensors --set modelspec.title='My style' --unset ss_comment
+loratools metadata style.safetensors titled.safetensors --set modelspec.title='My style' --unset ss_training_comment
 loratools metadata style.safetensors public.safetensors --strip-private
 """
 

@@ -35,6 +35,12 @@ _LLM = re.compile(
 _POSITIONAL = re.compile(r"(?:unet|text_encoder):\d+:(?:up|down)$")
 
 
+FEW = 8  # a model of so few blocks is not recognised by their being complete
+
+
+_INSIDE = re.compile(r"(?:layers|h)\.\d+\.|(?:embed_tokens|norm)$")
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What one stem is, in one architecture: the slot that spells it and the row its shape fits."""
@@ -175,7 +181,10 @@ def _plausible(hit: Hit) -> bool:
     """Any dotted name could be an LLM's; only those that look like one count."""
     if not hit.slot.architecture.open_names:
         return True
-    return hit.slot.form.spelling == "dotted" and bool(_LLM.match(hit.matches[0].name))
+    name = hit.matches[0].name
+    if hit.slot.form.prefix == "model." and _INSIDE.match(name):
+        return False  # `model.layers.…` is a language model's own name, not LoraModel's prefix over `layers.…`
+    return hit.slot.form.spelling == "dotted" and bool(_LLM.match(name))
 
 
 # ------------------------------------------------------------------------------------------------------------------- scoring
@@ -292,7 +301,7 @@ def _weigh(candidate: Candidate) -> None:
         ranges.update({slot: count for slot, count in architecture.variants[candidate.variant].items() if slot in ranges})
     for slot, numbers in seen.items():
         if numbers == set(range(ranges.get(slot, 0))):
-            candidate.covered += 1
+            candidate.covered += len(numbers) > FEW  # the first blocks alone may be what somebody chose to train
             candidate.evidence.append(f"all {len(numbers)} blocks of index {slot} are there")
         elif max(numbers) >= ranges.get(slot, 0):
             candidate.evidence.append(f"block {max(numbers)} is beyond the {ranges.get(slot, 0)} of {architecture.name}")

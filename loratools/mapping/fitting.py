@@ -14,6 +14,7 @@ from loratools.adapters.factors import scaled
 from loratools.adapters.kinds import Dense, Dora, Loha, Lokr, Lora
 from loratools.adapters.kinds.common import Scaled
 from loratools.mapping.dialects import Dialect
+from loratools.mapping.peft_lycoris import whole_rank
 from loratools.mapping.rules import Row
 from loratools.tensors.lazy import LazyTensor, scalar_tensor
 
@@ -80,6 +81,8 @@ _WORDS = {
 def _magnitude(module: Dora, dialect: Dialect) -> Module:
     """The magnitude under the name (and shape) the dialect's readers look for."""
     role = "magnitude" if dialect.name in ("diffusers", "peft") else "dora_scale"
+    if role == "magnitude" and not isinstance(module.inner, Lora):
+        raise NotExact(f"{dialect.name} has DoRA of plain LoRA only, not of {module.inner.kind}")
     return module if role in module.factors else module.magnitude_as(role)
 
 
@@ -149,7 +152,7 @@ def _with_config_alpha(module: Module, bare: Mapping[str, LazyTensor]) -> Module
     alpha = module.scale * module.rank if module.rank else module.alpha
     options: dict[str, Any] = dict(module.options)
     if module.kind == "lokr":
-        rank = module.rank or 1
+        rank = module.rank or module.options.get("rank") or whole_rank(module)
         options.update(always_scale=True, rank=rank)
         alpha = module.scale * rank
     return replace(module, factors=bare, alpha=alpha, options=options)

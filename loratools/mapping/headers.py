@@ -44,8 +44,8 @@ def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, ve
     new = {"format": "pt", **_lineage(adapter, architecture, version)} if moved else {}
     if moved and plan.dialect.alpha == "header":
         new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
-    if moved and plan.dialect.alpha in ("header", "none"):
-        before = adapter.metadata.get(_OWN + "alpha") if DIALECTS[adapter.dialect].alpha in ("header", "none") else None
+    if moved and plan.dialect.alpha != "tensor":
+        before = adapter.metadata.get(_OWN + "alpha") if DIALECTS[adapter.dialect].alpha != "tensor" else None
         new[_OWN + "alpha"] = before or _folded_alphas(plan)
     described = _network(plan, architecture)
     carried.update({key: value for key, value in described.items() if key in carried})
@@ -66,7 +66,7 @@ def _lineage(adapter: Adapter, architecture: Architecture, version: str) -> dict
 
 
 def _folded_alphas(plan: Plan) -> str:
-    """site → the alpha that was folded; "*" when all modules had the same. Sites without an entry had none."""
+    """site → the alpha it had; "*" when all modules had the same. Sites without an entry had none."""
     known = {str(written.sites[0]): written.original_alpha for written in plan.modules if written.original_alpha is not None}
     values = set(known.values())
     if len(values) == 1 and len(known) == len(plan.modules):

@@ -16,6 +16,7 @@ from typing import Any
 from loratools.adapters.adapter import Module
 from loratools.adapters.kinds import Dense
 from loratools.errors import UnsupportedError
+from loratools.mapping import peft_lycoris
 
 # Fields whose non-default value changes what the tensors mean, in ways nothing here computes. field → what it does
 UNSUPPORTED = {
@@ -48,6 +49,43 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return None
+
+
+def sound(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the config without values of rank and alpha that cannot be, a message for each of them)."""
+    kept, problems = dict(config), []
+    fields = {"r": ("a whole number above 0", _is_rank), "lora_alpha": ("a number", _is_number), "alpha": ("a number", _is_number)}
+    for field, (expected, fits) in fields.items():
+        value = config.get(field)
+        if value is not None and not fits(value):
+            problems.append(f"{field} is {value!r}, expected {expected}")
+            del kept[field]
+    for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            patterns, kept[field] = {}, {}
+            problems.append(f"{field} is {config[field]!r}, expected an object of patterns")
+        wrong = {pattern: value for pattern, value in patterns.items() if not fits(value) or not _is_pattern(pattern)}
+        problems += [f"{field} has {pattern!r}: {value!r}, expected a regular expression and a number" for pattern, value in wrong.items()]
+        if wrong:
+            kept[field] = {pattern: value for pattern, value in patterns.items() if pattern not in wrong}
+    return kept, problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value > 0 and float(value).is_integer()
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:
@@ -102,8 +140,9 @@ def render(modules: Mapping[str, Module], site_names: Iterable[str], *, kind: st
 
     modules: PEFT module name → Module; site_names: every module name of the model as far as known (normal forms of suffix
     collisions are avoided with it); alphas: module name → the alpha to record. Names are written in full, anchored and escaped.
+    Raises UnsupportedError for factors of LoKr and LoHa whose shapes no config describes.
     """
-    ranks = {name: int(module.rank) for name, module in modules.items() if module.rank}
+    ranks = {name: rank for name, module in modules.items() if (rank := rank_written(module))}
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else float(rank)
     config: dict[str, Any] = {"peft_type": _TYPES[kind], "r": rank}
@@ -118,11 +157,20 @@ def render(modules: Mapping[str, Module], site_names: Iterable[str], *, kind: st
         config["bias"] = "none"
         config["fan_in_fan_out"] = False
         config["init_lora_weights"] = True
+    if kind == "lokr":
+        config.update(peft_lycoris.lokr_fields(modules, ranks))
+    if kind == "loha":
+        config.update(peft_lycoris.loha_fields(modules))
     if _TYPES[kind] == "OFT":
         options = next(iter(modules.values())).options
         config.update({"oft_block_size": 0, **options})
     config.update({"inference_mode": True, "base_model_name_or_path": None, "task_type": None})
     return config
+
+
+def rank_written(module: Module) -> int | None:
+    """The rank PEFT is told: that of the factors, or for two whole factors of a LoKr the one its alpha was set for."""
+    return module.rank or module.options.get("rank")
 
 
 def part_of(config: Mapping[str, Any] | None, folder: str) -> Mapping[str, Any]:
@@ -142,7 +190,8 @@ def config_for(modules: Mapping[str, Module], known: Iterable[str], previous: Ma
     if len(kinds) > 1:
         shown = [f"{name}: {module.kind}" for name, module in additive.items()]
         raise UnsupportedError(f"{dialect} holds one kind of module per component, not {', '.join(sorted(kinds))}", details=shown)
-    alphas = {name: float(module.rank if module.alpha is None else module.alpha) for name, module in additive.items() if module.rank}
+    ranks = {name: rank for name, module in additive.items() if (rank := rank_written(module))}
+    alphas = {name: float(rank if (alpha := additive[name].alpha) is None else alpha) for name, rank in ranks.items()}
     config = render(additive, known, kind=next(iter(kinds), "lora"), alphas=alphas)
     config.update({name: previous[name] for name in _KEPT if name in previous})
     saved = sorted(name for name, module in modules.items() if isinstance(module, Dense))

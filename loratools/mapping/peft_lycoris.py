@@ -88,7 +88,9 @@ def lokr_fields(modules: Mapping[str, Module], ranks: Mapping[str, int]) -> dict
 
 def loha_fields(modules: Mapping[str, Module]) -> dict[str, Any]:
     """use_effective_conv2d for these modules. Raises UnsupportedError where convolutions with and without a core are mixed."""
-    larger = {name: "hada_t1" in module.factors for name, module in modules.items() if math.prod(size or 0 for size in module.shape[2:]) > 1}
+    larger = {
+        name: "hada_t1" in module.factors for name, module in modules.items() if math.prod(size or 0 for size in module.shape[2:]) > 1
+    }
     if len(set(larger.values())) > 1:
         raise UnsupportedError(
             "PEFT gives a Tucker core to every convolution of a LoHa or to none",

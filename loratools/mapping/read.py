@@ -150,6 +150,7 @@ class _Reader:
     def __init__(self, source: TensorSource, detection: Detection, best: Candidate, alpha: float | None, findings: list[Finding]) -> None:
         self.source, self.detection, self.best, self.alpha, self.findings = source, detection, best, alpha, findings
         self.headers = peft_metadata(source.metadata)
+        self.sound: dict[int, Mapping[str, Any]] = {}  # configs as they can be used, by identity
         self.assumed = 0
         self.settled = 0
 
@@ -193,7 +194,6 @@ class _Reader:
         for module in self.detection.modules[name]:
             module = self._with_alpha(name, module, stem, assignment)
             for severity, code, message in module.problems():
-                # --alpha settles a recorded 0; it was replaced above
                 self.findings.append(Finding(severity, code, where, f"{name}: {message}"))
             if not assignment.fits:
                 widths = ", ".join(f"{symbol} = {value}" for symbol, value in sorted(self.best.dims.get(component, {}).items()))
@@ -223,9 +223,13 @@ class _Reader:
         path = assignment.match.name  # as PEFT's patterns see it: inside its own model
         rank = module.rank
         recorded: dict[str, float] = {}
-        if "alpha" in module.factors:
-            recorded["tensor"] = module.factors["alpha"].scalar()
+        if "alpha" in module.factors and module.alpha is not None:
+            recorded["tensor"] = module.alpha
         options: dict[str, Any] = dict(module.options)
+        if assignment.match.row.kernel:
+            options.setdefault("kernel", assignment.match.row.kernel)
+        if assignment.hit.slot.form.prefix.startswith("oft_"):
+            options["clamp"] = True  # sd-scripts' own OFT reads a constraint of 0 as one, LyCORIS as none
         if config is not None and module.kind != "dense":
             known = peft_config.rank_of(config, path)
             if known is not None and rank is not None and known != rank and not module.kind.startswith(("oft", "boft", "lokr", "ia3")):
@@ -247,8 +251,6 @@ class _Reader:
             factors = {role: tensor for role, tensor in module.factors.items() if role != "alpha"}
             self.settled += 1
             return replace(module, factors=factors, alpha=self.alpha, alpha_source="assumed", options=options)
-        if assignment.match.row.kernel:
-            options.setdefault("kernel", assignment.match.row.kernel)
         if alpha is None:
             self.assumed += bool(rank)
             return replace(module, options=options)
@@ -258,8 +260,17 @@ class _Reader:
         """The PEFT config that covers a component: the folder's adapter_config.json, or the component's part of the header."""
         folder = assignment.hit.slot.component.folder
         if self.source.config is not None:
-            return peft_config.part_of(self.source.config, folder), "adapter_config"
-        return self.headers.get(folder), "metadata"
+            return self._sound(peft_config.part_of(self.source.config, folder), "adapter_config"), "adapter_config"
+        header = self.headers.get(folder)
+        return (None if header is None else self._sound(header, "metadata")), "metadata"
+
+    def _sound(self, config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """The config without values that cannot be; each of those is an error, told once."""
+        if id(config) not in self.sound:
+            self.sound[id(config)], problems = peft_config.sound(config)
+            for problem in problems:
+                self._error("bad-config", f"{_SOURCES[source]}: {problem}")
+        return self.sound[id(config)]
 
     # ---------------------------------------------------------------------------------------------------------- findings
 
@@ -288,7 +299,7 @@ class _Reader:
         for entry in entries:
             for site in entry.sites:
                 other = owner.setdefault(site, entry)
-                if (other is not entry and other.name != entry.name) or (other is not entry and other.form != entry.form):
+                if other is not entry and (other.name, other.form) != (entry.name, entry.form):
                     keys = f"{next(iter(other.keys.values()), '')} and {next(iter(entry.keys.values()), '')}"
                     self._error("duplicate-site", f"{site}: two modules of the file change it ({keys})", str(site))
         for name, clean in list(self.detection.tidied.items())[:1]:

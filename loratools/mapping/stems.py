@@ -16,8 +16,13 @@ from loratools.tensors.lazy import LazyTensor
 # Path segments that wrappers leave in names: torch.compile, DataParallel, PEFT's tuner layers and adapter names.
 _DEBRIS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|base_layer|default|modules_to_save\.\w+)(?:\.|$)")
 
-# Tensors that ride along with an adapter and belong to no module: OneTrainer's embeddings, slider bookkeeping.
-_COMPANIONS = {"bundle_emb.": "a bundled textual-inversion embedding", "_aux.": "bookkeeping of a slider"}
+# Tensors that ride along with an adapter and belong to no module: OneTrainer's embeddings, slider bookkeeping, and the base weights
+# that PEFT saves beside the LoRA of an embedding (`save_embedding_layers="auto"`).
+_COMPANIONS = (
+    (re.compile(r"bundle_emb\."), "a bundled textual-inversion embedding"),
+    (re.compile(r"_aux\."), "bookkeeping of a slider"),
+    (re.compile(r".*\.base_layer\.(?:weight|bias)$"), "the base model's own weight"),
+)
 
 
 @dataclass
@@ -61,7 +66,7 @@ def gather(tensors: Mapping[str, LazyTensor]) -> Stems:
     companions: dict[str, str] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
-        companion = next((what for prefix, what in _COMPANIONS.items() if key.startswith(prefix)), None)
+        companion = next((what for pattern, what in _COMPANIONS if pattern.match(key)), None)
         if companion:
             companions[key] = companion
             continue

@@ -355,12 +355,14 @@ def _by_kind(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def unfolded(adapter: Adapter) -> Adapter:
-    """The adapter with the alphas a former conversion folded away taken back out of the factors (powers of two bit for bit).
+    """The adapter with the alphas that a former conversion took out of the file put back (powers of two bit for bit).
 
-    The header entry `loratools.alpha` holds them: site → alpha, or "*" for all. Without it the adapter is returned as it is.
+    The header entry `loratools.alpha` holds them: site → alpha, or "*" for all; a site without an entry had none. Where they were
+    folded they come out of the factors again; PEFT's config has one for every module. Without the entry nothing changes.
     """
     text = adapter.metadata.get("loratools.alpha")
-    if text is None or DIALECTS[adapter.dialect].alpha not in ("header", "none"):
+    rule = DIALECTS[adapter.dialect].alpha
+    if text is None or rule == "tensor":
         return adapter
     recorded = {str(site): float(alpha) for site, alpha in json.loads(text).items()}
     entries = []
@@ -368,6 +370,14 @@ def unfolded(adapter: Adapter) -> Adapter:
         module = entry.module
         if isinstance(module, Scaled | Dora):
             alpha = recorded.get(str(entry.sites[0]), recorded.get("*"))
-            module = module.folded() if alpha is None else module.folded().with_alpha(alpha)
+            if rule != "config":
+                module = module.folded()
+            if alpha is None:
+                module = replace(module, alpha=None) if module.scale == 1.0 else module
+            elif module.rank:
+                module = module.with_alpha(alpha)
+            elif "always_scale" in module.options:  # PEFT divides the alpha of a LoKr of full factors, other readers ignore it
+                options = {name: value for name, value in module.options.items() if name not in ("always_scale", "rank")}
+                module = replace(module.folded(), alpha=alpha, options=options)
         entries.append(replace(entry, module=module))
     return adapter.replace(entries=tuple(entries))

@@ -8,13 +8,14 @@ the rotations of an OFT), which needs no base.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapters.adapter import Adapter, Module, Site
+from loratools.adapters.adapter import Adapter, Entry, Module, NotExact, Site
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds import Dense, Dora, Lora
 from loratools.errors import InputError, UnsupportedError, UsageError
@@ -73,7 +74,7 @@ def compare(
     first, second = _read_both(Path(a), Path(b), arch, alpha, Path(base) if base else None)
     if first.architecture != second.architecture:
         raise InputError(f"two architectures: {Path(a).name} is {first.architecture}, {Path(b).name} is {second.architecture}")
-    ours, theirs = first.modules, second.modules
+    ours, theirs = _parts(first), _parts(second)
     sites = _overlaps(ours, theirs)
     ranked = sorted(sites.items(), key=lambda item: -item[1].relative_error)
     total = _Overlap.total(sites.values())
@@ -131,28 +132,68 @@ def _usable(reading: Reading) -> Adapter:
 # -------------------------------------------------------------------------------------------------------------- one site
 
 
-def _overlaps(ours: Mapping[Site, tuple[Module, ...]], theirs: Mapping[Site, tuple[Module, ...]]) -> dict[Site, _Overlap]:
-    """The sums of every site. Raises InputError that lists all sites whose shapes differ."""
+@dataclass(frozen=True)
+class _Fused:
+    """Rows start:stop of a fused module that cannot be split exactly: enough to be compared with."""
+
+    module: Module
+    sites: tuple[Site, ...]
+    start: int
+    stop: int
+
+
+_Part = Module | _Fused
+_Parts = Mapping[Site, tuple[_Part, ...]]
+
+
+def _parts(adapter: Adapter) -> _Parts:
+    """Every site with its modules, as `Adapter.modules`, but for fused modules without an exact split."""
+    found: dict[Site, tuple[_Part, ...]] = {}
+    for entry in adapter.entries:
+        for site, part in _split(entry):
+            found[site] = (*found.get(site, ()), part)
+    return found
+
+
+def _split(entry: Entry) -> list[tuple[Site, _Part]]:
+    try:
+        return list(entry.parts())
+    except NotExact:
+        if len(entry.rows) != len(entry.sites) or entry.swapped:
+            raise
+    stops = list(itertools.accumulate(entry.rows))
+    return [
+        (site, _Fused(entry.module, entry.sites, stop - rows, stop))
+        for site, rows, stop in zip(entry.sites, entry.rows, stops, strict=True)
+    ]
+
+
+def _overlaps(ours: _Parts, theirs: _Parts) -> dict[Site, _Overlap]:
+    """The sums of every site. Raises InputError that lists all sites that cannot be compared."""
     found: dict[Site, _Overlap] = {}
     problems: list[str] = []
     for site in sorted({*ours, *theirs}):
         try:
             found[site] = _overlap(ours.get(site, ()), theirs.get(site, ()))
-        except _ShapesDiffer as error:
+        except _Incomparable as error:
             problems.append(f"{site}: {error}")
     if problems:
-        raise InputError(f"{len(problems)} sites have different shapes in the two files", details=problems)
+        raise InputError(f"{len(problems)} sites of the two files cannot be compared", details=problems)
     return found
 
 
-class _ShapesDiffer(Exception):
-    """The two modules of a site change weights of different shapes."""
+class _Incomparable(Exception):
+    """The modules of a site change weights of different shapes, or one of them acts on several sites at once."""
 
 
-def _overlap(ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
-    """The sums of one site; a missing side is a delta of zero. Raises _ShapesDiffer."""
-    if ours and theirs and all(map(_is_plain, (*ours, *theirs))):
-        return _low_rank(_joined(ours), _joined(theirs))
+def _overlap(ours: tuple[_Part, ...], theirs: tuple[_Part, ...]) -> _Overlap:
+    """The sums of one site; a missing side is a delta of zero. Raises _Incomparable."""
+    mine_plain, their_plain = ([part for part in side if isinstance(part, Lora) and part.bias_delta() is None] for side in (ours, theirs))
+    if ours and theirs and len(mine_plain) == len(ours) and len(their_plain) == len(theirs):
+        return _low_rank(_joined(mine_plain), _joined(their_plain))
+    whole = [{part.sites for part in side if isinstance(part, _Fused) and not part.module.linear} for side in (ours, theirs)]
+    if ours and theirs and whole[0] != whole[1]:
+        raise _Incomparable("fused in one file and not in the other, in a kind that has no exact split")
     mine, other = _parameters(ours), _parameters(theirs)
     parts = []
     for name in {**mine, **other}:
@@ -160,7 +201,7 @@ def _overlap(ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
         left = left if left is not None else right.new_zeros(right.shape)  # type: ignore[union-attr]
         right = right if right is not None else left.new_zeros(left.shape)
         if left.numel() != right.numel():
-            raise _ShapesDiffer(f"{name} of shape {list(left.shape)} and {list(right.shape)}")
+            raise _Incomparable(f"{name} of shape {list(left.shape)} and {list(right.shape)}")
         left, right = left.flatten(), right.flatten()
         difference = right - left
         parts.append(_Overlap(float(left @ left), float(right @ right), float(left @ right), float(difference @ difference)))
@@ -168,15 +209,11 @@ def _overlap(ours: tuple[Module, ...], theirs: tuple[Module, ...]) -> _Overlap:
     return replace(total, parts=tuple(parts))
 
 
-def _is_plain(module: Module) -> bool:
-    return isinstance(module, Lora) and module.bias_delta() is None
-
-
-def _joined(modules: tuple[Module, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(modules: Sequence[Lora]) -> tuple[torch.Tensor, torch.Tensor]:
     """(up, down) of the sum of LoRA modules, scales in up."""
     import torch
 
-    pairs = [(module.matrices(), module.scale) for module in modules if isinstance(module, Lora)]
+    pairs = [(module.matrices(), module.scale) for module in modules]
     return torch.cat([up * scale for (up, _), scale in pairs], 1), torch.cat([down for (_, down), _ in pairs])
 
 
@@ -186,7 +223,7 @@ def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tenso
 
     (up, down), (other_up, other_down) = ours, theirs
     if (up.shape[0], down.shape[1]) != (other_up.shape[0], other_down.shape[1]):
-        raise _ShapesDiffer(f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}")
+        raise _Incomparable(f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}")
 
     def gram(u: torch.Tensor, d: torch.Tensor, v: torch.Tensor, e: torch.Tensor) -> float:
         return float(((u.t() @ v) * (d @ e.t())).sum())
@@ -202,13 +239,19 @@ def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tenso
     )
 
 
-def _parameters(modules: tuple[Module, ...]) -> Mapping[str, torch.Tensor]:
+def _parameters(parts: tuple[_Part, ...]) -> Mapping[str, torch.Tensor]:
     """What determines a site's function beside W itself: ΔW and bias for additive kinds, else the parts that act on W."""
     found: dict[str, torch.Tensor] = {}
-    for module in modules:
-        for name, value in _of_module(module).items():
+    for part in parts:
+        for name, value in (_of_fused(part) if isinstance(part, _Fused) else _of_module(part)).items():
             found[name] = found[name] + value if name in found else value
     return found
+
+
+def _of_fused(part: _Fused) -> dict[str, torch.Tensor]:
+    """The part's rows of an additive kind; all of a kind that acts on the fused weight as a whole."""
+    whole = _of_module(part.module)
+    return {name: value[part.start : part.stop] for name, value in whole.items()} if part.module.linear else whole
 
 
 def _of_module(module: Module) -> dict[str, torch.Tensor]:

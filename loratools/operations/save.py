@@ -91,7 +91,13 @@ def _write_folder(out: Path, made: Plan, tensors: Mapping[str, LazyTensor], meta
         for component, config_name in zip(names, made.configs, strict=True):
             inside = folder if len(names) == 1 else folder / config_name
             inside.mkdir(exist_ok=True)
-            chosen = {key: tensor for key, tensor in tensors.items() if owner.get(key, names[0]) == component}
+            chosen = {
+                key.removeprefix(f"{config_name}.") if key in owner else key: tensor  # the folder says the component
+                for key, tensor in tensors.items()
+                if owner.get(key, names[0]) == component
+            }
+            if len(names) > 1:  # PEFT looks for its own prefix alone; reading puts the folder's name before it again
+                chosen = {key.removeprefix(f"{config_name}."): tensor for key, tensor in chosen.items()}
             write_safetensors(inside / "adapter_model.safetensors", chosen, metadata)
             write_text_file(inside / "adapter_config.json", json.dumps(made.configs[config_name], indent=2, sort_keys=True) + "\n")
 

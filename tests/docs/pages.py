@@ -88,14 +88,14 @@ def run(step: Step) -> tuple[int, tuple[str, ...]]:
     program, *arguments = step.words
     assert program == "loratools", f"only loratools is run, not {step.command}"
     result = CliRunner().invoke(cli, arguments, env={"COLUMNS": str(WIDTH), "NO_COLOR": "1"})
-    return result.exit_code, tidy(result.output)
+    return result.exit_code, tidy(result.output, as_json="--json" in arguments)
 
 
-def tidy(output: str) -> tuple[str, ...]:
+def tidy(output: str, *, as_json: bool = False) -> tuple[str, ...]:
     """Output as a page shows it: JSON as on a terminal, no space at the end of a line, no empty lines around."""
     lines: list[str] = []
     for line in output.splitlines():
-        lines += json.dumps(json.loads(line), indent=2).splitlines() if line.startswith("{") else [line.rstrip()]
+        lines += json.dumps(json.loads(line), indent=2).splitlines() if as_json and line.startswith("{") else [line.rstrip()]
     return tuple("\n".join(lines).strip("\n").splitlines())
 
 

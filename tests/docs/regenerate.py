@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 from fixtures import examples
-
 from tests.docs.pages import PAGES, Step, blocks, run, same, steps
 
 

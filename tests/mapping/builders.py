@@ -160,9 +160,7 @@ def noise(key: str, shape: tuple[int, ...], size: float = 0.1) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) * size
 
 
-def values(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, ratio: float = 0.5, blocks: bool = False
-) -> Tensors:
+def values(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, ratio: float = 0.5, blocks: bool = False) -> Tensors:
     """A tensor for every key. ratio: alpha over rank; blocks: the up factor of a fused module is block-diagonal."""
     found: Tensors = {}
     for key, shape in shapes.items():

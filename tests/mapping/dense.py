@@ -50,7 +50,7 @@ class Part:
     swapped: bool
     factors: dict[str, Tensor]
     alpha: float | None
-    peft: bool = False
+    divisor: int | None = None  # PEFT's own rank, by which it divides even the alpha of a LoKr of two full factors
 
 
 def effects(path: Path, arch: str) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def _modules(path: Path, arch: str, config: dict[str, Any] | None, folder: str) 
         if own is None and header:
             prefix = {"denoiser": "unet." if arch.startswith("sd") and arch != "sd3" else "transformer."}.get(component, f"{component}.")
             own = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)} or None
-        yield Part(component, sites, swapped, factors, _alpha(factors, own, name), config is not None)
+        yield Part(component, sites, swapped, factors, _alpha(factors, own, name), _listed(config, "r", "rank_pattern", name))
 
 
 def _cut(key: str) -> tuple[str, str]:
@@ -128,13 +128,17 @@ def _alpha(factors: dict[str, Tensor], config: dict[str, Any] | None, name: str)
     """What s · rank is."""
     if config is None:
         return float(factors["alpha"]) if "alpha" in factors else None
-    found = config.get("lora_alpha", config.get("alpha"))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            found = value
-            break
     assert not config.get("use_rslora")
+    found = _listed(config, "lora_alpha" if "lora_alpha" in config else "alpha", "alpha_pattern", name)
     return None if found is None else float(found)
+
+
+def _listed(config: dict[str, Any] | None, field: str, patterns: str, name: str) -> Any:
+    """A field of a PEFT config for one module: the first pattern that matches its name, else the default."""
+    for pattern, value in ((config or {}).get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return (config or {}).get(field)
 
 
 # --------------------------------------------------------------------------------------------------------------------- names
@@ -287,8 +291,9 @@ def _lokr(part: Part) -> Tensor:
         two = torch.einsum("ijkl,ip,jr->prkl", f["lokr_t2"], f["lokr_w2_a"], f["lokr_w2_b"])
     else:
         two = f["lokr_w2"] if "lokr_w2" in f else f["lokr_w2_a"] @ f["lokr_w2_b"]
-    scale = 1.0 if part.alpha is None or (rank is None and not part.peft) else part.alpha / (rank or 1)
-    return scale * torch.kron(one.reshape(*one.shape, *(1,) * (two.dim() - 2)), two)
+    rank = rank or part.divisor
+    scale = 1.0 if part.alpha is None or rank is None else part.alpha / rank
+    return scale * torch.kron(one.reshape(*one.shape, *(1,) * (two.dim() - 2)), two.contiguous())
 
 
 def _dora(delta: Tensor, magnitude: Tensor, on_inputs: bool, base: _Base) -> Tensor:
@@ -312,7 +317,7 @@ def _ia3(part: Part, base: _Base) -> Tensor:
 
 def _glora(part: Part, base: _Base) -> Tensor:
     """D = s (W a1 a2 + b1 b2), channels contracted for convolutions."""
-    f = {role: tensor for role, tensor in part.factors.items()}
+    f = part.factors
     b2, a1, a2, b1 = f["b2.weight"], f["a1.weight"].flatten(1), f["a2.weight"].flatten(1), f["b1.weight"].flatten(1)
     scale = 1.0 if part.alpha is None else part.alpha / b2.shape[0]
     weight = base.weight(len(b1), b2.shape[1], tuple(b2.shape[2:]))
@@ -325,14 +330,15 @@ def _rotated(part: Part, base: _Base) -> Tensor:
     f = part.factors
     lists = [f["oft_blocks"]] if "oft_blocks" in f else [f[f"oft_blocks.{n}"] for n in range(4) if f"oft_blocks.{n}" in f]
     heights = [blocks.shape[0] * blocks.shape[1] for blocks in lists]
-    names = base.names if len(base.names) == len(lists) else base.names[:1]
-    weights = [_drawn(name, (height, 24)) for name, height in zip(names, heights, strict=True)]
+    if len(lists) == 1 and len(base.names) == 3:  # q, k and v under one list of blocks
+        lists, heights = list(lists[0].chunk(3)), [heights[0] // 3] * 3
+    weights = [_drawn(name, (height, 24)) for name, height in zip(base.names, heights, strict=True)]
     changed = []
     for blocks, weight in zip(lists, weights, strict=True):
         skew = blocks - blocks.transpose(1, 2)
         bound = (part.alpha or 0.0) * len(weight)
         size = float(skew.norm())
-        if size > bound and (bound > 0 or "oft_blocks.0" in f):
+        if size > bound and (bound > 0 or "oft_blocks.0" in f):  # sd-scripts always clamps, LyCORIS where there is a bound
             skew = skew * bound / size
         eye = torch.eye(blocks.shape[1], dtype=torch.float64)
         rotation = (eye + skew) @ torch.linalg.inv(eye - skew)

@@ -141,8 +141,14 @@ def _wan() -> Iterator[Name]:
         for orig, diff in pairs.items():
             # both namespaces have a `norm2`-like name; only the original's norm3 is ever trained
             yield f"blocks.{n}.{orig}", (f"blocks.{n}.{diff}",), False
-    ends = {f"{a}_embedding.{i}": f"condition_embedder.{b}_embedder.linear_{j}" for a, b in (("text", "text"), ("time", "time")) for i, j in ((0, 1), (2, 2))}
-    yield from _one(ends | {"time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out", "patch_embedding": "patch_embedding"})
+    ends = {
+        f"{a}_embedding.{i}": f"condition_embedder.{b}_embedder.linear_{j}"
+        for a, b in (("text", "text"), ("time", "time"))
+        for i, j in ((0, 1), (2, 2))
+    }
+    yield from _one(
+        ends | {"time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out", "patch_embedding": "patch_embedding"}
+    )
 
 
 def _lumina() -> Iterator[Name]:

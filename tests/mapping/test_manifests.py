@@ -100,10 +100,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "derived_zimage_onetrainer_legacy_r16": ("z-image",),
 }
 
+# What a file cannot say about itself once it has been in another dialect: the way back has other keys or shapes, the same function.
+FORGOTTEN = {
+    "derived_flux_kohya_oft": "that a fused rotation was a list of its parts' blocks",
+    "derived_sd15_lycoris_dylora_r16": "that up factors of convolutions had two dimensions",
+}
+
 # Where the numbers of a conversion are allowed to move: alpha is folded into float32 factors (0.7 is no power of two).
 EXACT, ROUNDED = 1e-12, 1e-6
 
-FUSED = [name for name in EXPECTED if re.search(r"flux_kohya_te1|flux_lora_kohya|aitoolkit_format|chroma_aitoolkit|xlabs_full|sd3m|lumina2_kohya", name)]
+FUSED = [
+    name
+    for name in EXPECTED
+    if re.search(r"flux_kohya_te1|flux_lora_kohya|aitoolkit_format|chroma_aitoolkit|xlabs_full|sd3m|lumina2_kohya", name)
+]
 PLAIN = [name for name in EXPECTED if "lycoris" not in name and "oft" not in name]
 
 
@@ -143,14 +153,15 @@ def same_bits(a: Tensors, b: Tensors) -> list[str]:
 def convert_or_refusal(source: Path, target: Path, dialect: str, arch: str | None) -> dict[str, object] | None:
     """The result; None for a refusal, which must have exit code 3, reasons, and nothing written."""
     before = sorted(target.parent.iterdir())
+    refused: LoraToolsError | None = None
     try:
         return convert(source, target, dialect, arch=arch)
     except LoraToolsError as error:
-        assert error.exit_code == 3, told(error)
-        assert error.message
-        assert error.details or "cannot be written" in error.message or "no spelling" in error.message
-        assert sorted(target.parent.iterdir()) == before
-        return None
+        refused = error
+    assert refused.exit_code == 3, told(refused)
+    assert refused.details or "cannot be written" in refused.message or "no spelling" in refused.message
+    assert sorted(target.parent.iterdir()) == before
+    return None
 
 
 def test_every_table_is_expected_to_be_something() -> None:
@@ -220,24 +231,39 @@ def test_every_dialect_there_and_back(name: str, tmp_path: Path) -> None:
         error = worst(before, after)
         assert {site for site in after if after[site].any()} == {*before}, dialect
         assert result["sites"] == len({site.removesuffix(":bias") for site in before})
-        assert error <= (ROUNDED if result["max_relative_error"] else EXACT), dialect
-        assert error <= result["max_relative_error"] * 1.01 + EXACT, dialect
+        other_kind = _cores(tensors) != _cores(load(there))  # a tucker core was worked into the factor beside it: no way back
+        assert error <= (ROUNDED if other_kind else EXACT), dialect
+        assert result["max_relative_error"] == 0
         assert result["exact"] is True
         back = out(tmp_path, f"{dialect}-back", home)
         convert(there, back, home, arch=arch)
-        if result["max_relative_error"]:  # a tucker core was worked into the factor beside it: no way back
-            assert worst(before, effects(back, arch)) <= ROUNDED, dialect
-        else:
+        if other_kind or name in FORGOTTEN:
+            assert worst(before, effects(back, arch)) <= (ROUNDED if other_kind else EXACT), dialect
+        elif dialect != home:
             assert same_bits(tensors, load(back)) == [], f"{home} -> {dialect} -> {home}"
     assert home in written
 
 
+@pytest.mark.parametrize("name", FORGOTTEN)
+@pytest.mark.xfail(strict=True, reason="no header entry remembers it yet")
+def test_what_the_way_back_should_remember(name: str, tmp_path: Path) -> None:
+    tensors = values(small(name).shapes)
+    path = save(tmp_path / "a.safetensors", tensors)
+    convert(path, tmp_path / "b.safetensors", "kohya-diffusers", arch=arch_of(name))
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", arch=arch_of(name))
+    assert same_bits(tensors, load(tmp_path / "c.safetensors")) == []
+
+
+def _cores(tensors: Tensors) -> int:
+    return sum("lora_mid" in key for key in tensors)
+
+
 @pytest.mark.parametrize("name", [name for name in PLAIN if "onetrainer_legacy" not in name or "sdxl" not in name])
 def test_awkward_and_missing_alphas(name: str, tmp_path: Path) -> None:
-    """alpha = 0.7 rank, and none at all on every third module: keys come back, deltas within float32."""
+    """alpha = 0.7 rank, and none at all in the second blocks: keys come back, deltas within float32."""
     home, arch = EXPECTED[name][0], arch_of(name)
     tensors = values(small(name).shapes, ratio=0.7)
-    dropped = [key for key in tensors if key.endswith(".alpha")][::3]
+    dropped = [key for key in tensors if key.endswith(".alpha") and re.search(r"blocks?[._]1[._]|layers[._]1[._]", key)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in dropped}
     path = save(tmp_path / "a.safetensors", tensors)
     before = effects(path, arch)
@@ -253,6 +279,17 @@ def test_awkward_and_missing_alphas(name: str, tmp_path: Path) -> None:
         for key, tensor in returned.items():
             if key.endswith(".alpha"):
                 assert float(tensor) == pytest.approx(float(tensors[key]), rel=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["derived_chroma_onetrainer_legacy_r16", "derived_flux_onetrainer_omi_r16"])
+def test_parts_of_a_fused_module_with_and_without_alpha(name: str, tmp_path: Path) -> None:
+    """Scales 0.7 and 1 under one fused name: the function is kept, the fused file has one alpha for each module."""
+    arch = arch_of(name)
+    tensors = values(small(name).shapes, ratio=0.7)
+    lost = [key for key in tensors if key.endswith(".alpha")][::3]
+    path = save(tmp_path / "a.safetensors", {key: tensor for key, tensor in tensors.items() if key not in lost})
+    convert(path, tmp_path / "b.safetensors", "kohya", arch=arch)
+    assert worst(effects(path, arch), effects(tmp_path / "b.safetensors", arch)) <= ROUNDED
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -301,7 +338,9 @@ def test_renames_keep_every_bit(name: str, dialect: str, dtype: torch.dtype, tmp
 
 
 def _digests(tensors: Tensors) -> list[str]:
-    return sorted(hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for tensor in tensors.values() if tensor.dim())
+    return sorted(
+        hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for tensor in tensors.values() if tensor.dim()
+    )
 
 
 def test_a_key_table_spoiled(tmp_path: Path) -> None:

@@ -1,13 +1,9 @@
-"""Files made by hand and deltas computed by hand: nothing here shares code with the library.
-
-Block 3 of the up path has attention in SD1 and SD2 only, and its 1x1 convolutions are SD1's: files with `Q`, `PROJ` are no riddle.
-"""
+"""What the tests of operations are given: a way to write a file, a folder, seeded values, the command line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,30 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from loratools.cli.main import cli
-
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-def render(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file by the format's own words: u64 length, JSON padded to 8 bytes, tensors in the order given."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    payload = b""
-    for name, tensor in tensors.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [len(payload), len(payload) + len(data)]}
-        payload += data
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + payload
-
-
-def parts(path: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, payload) of a safetensors file."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
+from tests.operations.made import Tensors, render
 
 
 @pytest.fixture

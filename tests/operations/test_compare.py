@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +15,23 @@ import torch
 
 from loratools.errors import AmbiguousError, InputError
 from loratools.operations.compare import compare
+from tests.operations.made import (
+    ATTENTION,
+    CONV,
+    NATIVE,
+    PROJ,
+    SHAPES,
+    Make,
+    Save,
+    dense,
+    factors,
+    four,
+    kohya,
+    kohya_file,
+    written,
+)
 
-Save = Callable[..., Path]
-Make = Callable[..., torch.Tensor]
-Tensors = dict[str, torch.Tensor]
-
-ATTENTION = "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"
-PROJ = "up_blocks.3.attentions.0.proj_in"
-CONV = "up_blocks.3.resnets.0.conv1"
-FF = "up_blocks.3.attentions.0.transformer_blocks.0.ff.net.2"
-SHAPES = {ATTENTION: (16, 16), PROJ: (16, 16, 1, 1), CONV: (16, 32, 3, 3), FF: (16, 64)}
 KEYS = {"equal", "max_relative_error", "sites", "only_in_a", "only_in_b", "worst", "cosine", "scale_ratio"}
-
-
-def kohya(path: str) -> str:
-    return "lora_unet_" + path.replace(".", "_")
-
-
-def factors(randn: Make, shape: tuple[int, ...], rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up (out, rank[, 1, 1]), down (rank, in[, k, k]))."""
-    return randn(shape[0], rank, *(1 for _ in shape[2:])), randn(rank, *shape[1:])
-
-
-def written(stem: str, up: torch.Tensor, down: torch.Tensor, alpha: float | None = 2.0) -> Tensors:
-    found = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
-    return found if alpha is None else {**found, f"{stem}.alpha": torch.tensor(alpha)}
-
-
-def four(randn: Make) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {path: factors(randn, shape) for path, shape in SHAPES.items()}
-
-
-def kohya_file(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: float | None = 2.0) -> Tensors:
-    return {key: tensor for path, pair in pairs.items() for key, tensor in written(kohya(path), *pair, alpha).items()}
-
-
-def dense(up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
-    return scale * (up.double().flatten(1) @ down.double().flatten(1))
 
 
 def stacked(deltas: list[torch.Tensor]) -> torch.Tensor:
@@ -112,11 +91,9 @@ def test_another_dialect_is_equal(save: Save, randn: Make, peft: Any) -> None:
     trained = {}
     for path, (up, down) in pairs.items():
         trained |= {f"base_model.model.{path}.lora_A.weight": down, f"base_model.model.{path}.lora_B.weight": up}
-    native = {ATTENTION: "output_blocks.9.1.transformer_blocks.0.attn1.to_q", PROJ: "output_blocks.9.1.proj_in"}
-    native |= {CONV: "output_blocks.9.0.in_layers.2", FF: "output_blocks.9.1.transformer_blocks.0.ff.net.2"}
     comfy = {}
     for path, pair in pairs.items():
-        comfy |= written(f"diffusion_model.{native[path]}", *pair)
+        comfy |= written(f"diffusion_model.{NATIVE[path]}", *pair)
     others = [
         save("b.safetensors", folded),
         peft("c", trained, {"r": 4, "lora_alpha": 2, "target_modules": list(pairs)}),
@@ -276,99 +253,6 @@ def test_nan_is_never_equal(where: str, value: float, save: Save, randn: Make, r
     assert run("compare", a, b).exit_code == 4
 
 
-# -------------------------------------------------------------------------------------------------------------- other kinds
-
-KINDS: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {  # site, leaves, a leaf whose change must be seen
-    "bias": (ATTENTION, {"lora_down.weight": (4, 16), "lora_up.weight": (16, 4), "diff_b": (16,)}, "diff_b"),
-    "dora": (ATTENTION, {"lora_down.weight": (4, 16), "lora_up.weight": (16, 4), "dora_scale": (16, 1)}, "dora_scale"),
-    "dora up": (ATTENTION, {"lora_down.weight": (4, 16), "lora_up.weight": (16, 4), "dora_scale": (16, 1)}, "lora_up.weight"),
-    "loha": (ATTENTION, {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)}, "hada_w2_a"),
-    "lokr": (ATTENTION, {"lokr_w1": (4, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4)}, "lokr_w2_b"),
-    "tucker": (
-        CONV,
-        {"lora_down.weight": (4, 32, 1, 1), "lora_mid.weight": (4, 4, 3, 3), "lora_up.weight": (16, 4, 1, 1)},
-        "lora_mid.weight",
-    ),
-    "full": (ATTENTION, {"diff": (16, 16), "diff_b": (16,)}, "diff"),
-    "norm": ("up_blocks.3.resnets.0.norm1", {"w_norm": (32,), "b_norm": (32,)}, "b_norm"),
-    "oft": (ATTENTION, {"oft_blocks": (4, 4, 4)}, "oft_blocks"),
-    "boft": (ATTENTION, {"oft_blocks": (2, 4, 4, 4)}, "oft_blocks"),
-    "ia3": (ATTENTION, {"weight": (16,), "on_input": ()}, "weight"),
-    "glora": (ATTENTION, {"a1.weight": (16, 2), "a2.weight": (2, 16), "b1.weight": (16, 2), "b2.weight": (2, 16)}, "a1.weight"),
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_equals_itself_and_not_a_changed_one(name: str, save: Save, randn: Make) -> None:
-    path, leaves, changed = KINDS[name]
-    tensors = {f"{kohya(path)}.{leaf}": randn(*shape) if shape else torch.tensor(False) for leaf, shape in leaves.items()}
-    anchor = written(kohya(FF), *factors(randn, SHAPES[FF]))
-    a = save("a.safetensors", {**anchor, **tensors})
-    assert compare(a, save("same.safetensors", {**anchor, **{key: tensor.clone() for key, tensor in tensors.items()}}), arch="sd1")["equal"]
-    key = f"{kohya(path)}.{changed}"
-    other = compare(a, save("other.safetensors", {**anchor, **tensors, key: tensors[key] * 1.01}), arch="sd1")
-    assert not other["equal"]
-    assert other["worst"][0]["site"] == f"denoiser.{path}"
-
-
-def test_a_large_magnitude_does_not_hide_a_small_change(save: Save, randn: Make) -> None:
-    """A DoRA magnitude is as large as the weight's rows; ΔW is small beside it and still has to be right."""
-    up, down = factors(randn, SHAPES[ATTENTION])
-    scale = torch.full((16, 1), 100.0)
-    a = {**written(kohya(ATTENTION), up * 1e-3, down), f"{kohya(ATTENTION)}.dora_scale": scale}
-    b = {**written(kohya(ATTENTION), up * 1.01e-3, down), f"{kohya(ATTENTION)}.dora_scale": scale}
-    result = compare(save("a.safetensors", a), save("b.safetensors", b), arch="sd1")
-    assert not result["equal"]
-    assert result["max_relative_error"] == pytest.approx(0.01, rel=1e-3)
-
-
-def test_kinds_of_one_function_are_equal(save: Save, randn: Make) -> None:
-    """LoHa, LoKr, Tucker and a full delta against the LoRA of the same dense delta."""
-    loha = {leaf: randn(*shape) for leaf, shape in KINDS["loha"][1].items()}
-    product = 0.5 * (loha["hada_w1_a"].double() @ loha["hada_w1_b"].double()) * (loha["hada_w2_a"].double() @ loha["hada_w2_b"].double())
-    lokr = {leaf: randn(*shape) for leaf, shape in KINDS["lokr"][1].items()}
-    kron = 0.5 * torch.kron(lokr["lokr_w1"].double(), lokr["lokr_w2_a"].double() @ lokr["lokr_w2_b"].double())
-    for leaves, delta in ((loha, product), (lokr, kron)):
-        left, values, right = torch.linalg.svd(delta)
-        plain = written(kohya(ATTENTION), left * values, right, None)
-        special = {f"{kohya(ATTENTION)}.{leaf}": tensor for leaf, tensor in leaves.items()} | {
-            f"{kohya(ATTENTION)}.alpha": torch.tensor(1.0)
-        }
-        full = {f"{kohya(ATTENTION)}.diff": delta}
-        for other in (plain, full):
-            result = compare(save("a.safetensors", special), save("b.safetensors", other), arch="sd1")
-            assert result["equal"]
-            assert result["max_relative_error"] < 1e-12
-            assert result["cosine"] == pytest.approx(1.0)
-
-
-def test_a_lora_is_no_dora(save: Save, randn: Make) -> None:
-    tensors = written(kohya(ATTENTION), *factors(randn, SHAPES[ATTENTION]))
-    dora = {**tensors, f"{kohya(ATTENTION)}.dora_scale": torch.ones(16, 1)}
-    assert not compare(save("a.safetensors", tensors), save("b.safetensors", dora), arch="sd1")["equal"]
-
-
-FUSED: dict[str, dict[str, tuple[int, ...]]] = {  # qkv of Flux, 72 x 24, in kinds that no split into three keeps exact
-    "dora on the in axis": {"lora_down.weight": (4, H), "lora_up.weight": (3 * H, 4), "dora_scale": (1, H)},
-    "lokr across the parts": {"lokr_w1": (2, 2), "lokr_w2": (36, 12)},
-    "boft": {"oft_blocks": (2, 6, 12, 12)},
-    "oft across the parts": {"oft_blocks": (2, 36, 36)},
-}
-
-
-@pytest.mark.parametrize("kind", FUSED)
-def test_fused_modules_need_no_split_where_both_files_fuse_them(kind: str, save: Save, randn: Make) -> None:
-    mod = written("lora_unet_double_blocks_0_img_mod_lin", randn(6 * H, 2), randn(2, H))
-    stem = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{stem}.{leaf}": randn(*shape) for leaf, shape in FUSED[kind].items()}
-    a = save("a.safetensors", {**mod, **tensors})
-    assert compare(a, a)["equal"]
-    key, tensor = next(iter(tensors.items()))
-    other = compare(a, save("b.safetensors", {**mod, **tensors, key: tensor * 1.01}))
-    assert not other["equal"]
-    assert "attn.to_q" in other["worst"][0]["site"]
-
-
 # ------------------------------------------------------------------------------------------------------ what is asked and said
 
 
@@ -393,7 +277,7 @@ def test_all_shapes_that_differ_are_listed(save: Save, randn: Make) -> None:
     assert all("16" in line and "32" in line for line in caught.value.details)
 
 
-def ambiguous(randn: Make) -> tuple[Tensors, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+def ambiguous(randn: Make) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Keys of Flux and of Chroma alike, without alpha."""
     pairs = {"double_blocks.0.img_attn.qkv": (randn(3 * H, 2), randn(2, H)), "double_blocks.0.img_mlp.0": (randn(MLP, 2), randn(2, H))}
     keys = {}

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save as library_save
 
 from loratools.operations.inspect import inspect
+from tests.operations.made import Make, Save
 
 BLOCK = "lora_unet_up_blocks_3_attentions_0_"
 Q = BLOCK + "transformer_blocks_0_attn1_to_q"
@@ -27,8 +28,6 @@ PROJ = BLOCK + "proj_in"
 CONV = "lora_unet_up_blocks_3_resnets_0_conv1"
 NORM = "lora_unet_up_blocks_3_resnets_0_norm1"
 TE = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-Make = Callable[..., torch.Tensor]
-Save = Callable[..., Path]
 
 
 def lora(stem: str, randn: Make, *, out: int = 16, in_: int = 16, rank: int = 4, alpha: float | None = 2.0, **more: Any) -> dict[str, Any]:

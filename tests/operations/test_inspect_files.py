@@ -15,11 +15,9 @@ import pytest
 import torch
 
 from loratools.mapping.architectures import registry
-from loratools.mapping.dimensions import evaluate
 from loratools.operations.inspect import inspect
+from tests.operations.made import Make, Save, width
 
-Save = Callable[..., Path]
-Make = Callable[..., torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 NATIVE = "diffusion_model."
 
@@ -149,8 +147,8 @@ def test_fused_z_image_in_kohya_s_spelling(width: int, expected: str, sparse: An
 
 def test_sd1_and_sd2_attention_alone_cannot_be_told_apart(sparse: Any) -> None:
     shapes = {}
-    for block, width in ((0, 320), (1, 640), (2, 1280)):
-        shapes |= pair(f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.attn1.to_q", width, width)
+    for block, channels in ((0, 320), (1, 640), (2, 1280)):
+        shapes |= pair(f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.attn1.to_q", channels, channels)
     result = inspect(sparse("sd.safetensors", shapes))
     assert result["ambiguous"]
     assert {"sd1", "sd2"} <= {candidate["architecture"] for candidate in result["candidates"]}
@@ -182,8 +180,8 @@ def shapes_of(architecture: str, namespace: str, dims: Mapping[str, int], prefix
     """Every weight of a denoiser, from the table's names, with widths of our own choice."""
     found: dict[str, tuple[int, ...]] = {}
     for name, row in registry()[architecture].component("denoiser").table.names(namespace):
-        out = evaluate(row.total_out, dims)
-        in_ = evaluate(row.in_, dims) if row.in_ else None
+        out = width(row.total_out, dims)
+        in_ = width(row.in_, dims) if row.in_ else None
         if out is None or row.layer == "parameter" or (row.in_ and in_ is None):
             continue
         found[f"{prefix}{name}.weight"] = (out,) if in_ is None else (out, in_, *row.kernel)

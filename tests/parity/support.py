@@ -68,7 +68,11 @@ def save_kohya(path: Path, architecture: str, factors: Mapping[str, Mapping[str,
     """The factors as sd-scripts writes them. Fused modules: block-diagonal up, alpha of the common scale times the rank sum."""
     tensors = {}
     for folder, found in factors.items():
-        groups = original(architecture, found) if has_original_names(architecture, folder, "kohya") else {name: ((name,), False) for name in found}
+        groups = (
+            original(architecture, found)
+            if has_original_names(architecture, folder, "kohya")
+            else {name: ((name,), False) for name in found}
+        )
         for name, (parts, swapped) in groups.items():
             whole = _fused([found[part] for part in parts])
             up = torch.cat(whole.up.chunk(2)[::-1]) if swapped else whole.up

@@ -28,7 +28,9 @@ ALPHAS = (2.0, 1.0, None, 3.0, 8.0)  # dealt out in turn; None: the module has n
 
 def readable(of: make.Base) -> make.Base:
     """The models diffusers loads adapters into: Flux's T5 is not one of them."""
-    return make.Base(of.architecture, {name: model for name, model in of.models.items() if of.architecture != "flux" or name != "text_encoder_2"})
+    return make.Base(
+        of.architecture, {name: model for name, model in of.models.items() if of.architecture != "flux" or name != "text_encoder_2"}
+    )
 
 
 def loaded(of: make.Base, path: Path) -> tuple[make.Base, dict[str, int]]:
@@ -95,14 +97,18 @@ def test_what_diffusers_saves_keeps_its_function(
     for name, delta in reference.deltas(source).items():
         folder, _, module = name.partition(".")
         truth[folder][module] = delta
-    assert {folder: sorted(found) for folder, found in truth.items()} == {folder: sorted(adapters.layers(model)) for folder, model in of.models.items()}
+    assert {folder: sorted(found) for folder, found in truth.items()} == {
+        folder: sorted(adapters.layers(model)) for folder, model in of.models.items()
+    }
     if architecture == "sd1":  # the reference reads the file as diffusers does
         check_forward(of, source, truth)
     for dialect in ("kohya", "comfy"):
         assert_deltas(reference.deltas(convert(source, dialect)), expected(architecture, truth, dialect))
 
 
-def test_the_header_of_a_converted_file_is_what_the_factors_mean(tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+def test_the_header_of_a_converted_file_is_what_the_factors_mean(
+    tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]
+) -> None:
     """Folded: lora_alpha = r for every module. Kept: rank and alpha of each, in patterns; no alpha tensor in either."""
     of = bases("sd1")
     source = save_kohya(tmp_path / "kohya.safetensors", "sd1", made(of, ranks=(4, 8), alphas=(2.0, None, 3.0)))

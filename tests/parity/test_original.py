@@ -14,7 +14,9 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.mark.parametrize(("architecture", "attention_up"), [("sd1", (1, 2, 3)), ("sdxl", (0, 1))])
-def test_unet_names_are_those_diffusers_converts(architecture: str, attention_up: tuple[int, ...], bases: Callable[[str], make.Base]) -> None:
+def test_unet_names_are_those_diffusers_converts(
+    architecture: str, attention_up: tuple[int, ...], bases: Callable[[str], make.Base]
+) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     model = bases(architecture).models["unet"]

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fixtures import adapters, make
+from loratools.errors import UnsupportedError
+from loratools.operations.convert import convert as operation
 from loratools.operations.inspect import inspect
+from loratools.tensors.reader import open_source
 from tests import reference
-from tests.parity.support import apart, assert_deltas, made, save_kohya, truth_of
+from tests.parity.support import apart, assert_deltas, expected, made, save_kohya, truth_of
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 TOLERANCE = 2e-6  # of outputs, float32 forward against float32 forward
 FACTORS = ("lora_", "hada_", "lokr_")
@@ -116,7 +119,11 @@ def test_names_that_end_alike(chosen: str, tmp_path: Path, bases: Callable[[str]
     """PEFT matches the ends of names: Flux's last layer `proj_out` must not bring along single_transformer_blocks.N.proj_out."""
     of = bases("flux")
     model = of.models["transformer"]
-    names = {"top": ["proj_out"], "block": ["single_transformer_blocks.1.proj_out"], "both": ["proj_out", "single_transformer_blocks.1.proj_out"]}
+    names = {
+        "top": ["proj_out"],
+        "block": ["single_transformer_blocks.1.proj_out"],
+        "both": ["proj_out", "single_transformer_blocks.1.proj_out"],
+    }
     wanted = [*names[chosen], "norm_out.linear", "transformer_blocks.0.norm1.linear"]
     factors = {"transformer": adapters.factors(model, wanted, ranks=(4, 2), alphas=(1.0, 6.0))}
     folder = convert(save_kohya(tmp_path / "kohya.safetensors", "flux", factors), "peft", arch="flux")
@@ -131,7 +138,12 @@ def test_names_that_end_alike(chosen: str, tmp_path: Path, bases: Callable[[str]
     [
         {"alpha": 6},
         {"alpha": 6, "use_rslora": True},
-        {"alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 9, r"layers\.1\.mlp\.\w+": 2}, "alpha_pattern": {"lm_head": 3, "down_proj": 16}},
+        {
+            "alpha": 6,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 9, r"layers\.1\.mlp\.\w+": 2},
+            "alpha_pattern": {"lm_head": 3, "down_proj": 16},
+        },
         {"alpha": 6, "lora_bias": True},
     ],
     ids=["plain", "rslora", "patterns", "lora-bias"],
@@ -152,8 +164,33 @@ def test_language_model(config: dict[str, Any], tmp_path: Path, llama: torch.nn.
     assert apart(outputs("llm", wrapped), wanted) <= TOLERANCE
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.", "model.", ""], ids=["PeftModel", "LoraModel", "inject"])
-@pytest.mark.parametrize("what", ["llm", "sd1"])
+def test_base_weights_beside_an_embedding_ride_along(tmp_path: Path, llama: torch.nn.Module) -> None:
+    """PEFT saves `base_layer.weight` of adapted embeddings by default: no adapter of its own, kept for PEFT, refused elsewhere."""
+    targets = ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    config = adapters.lora_config(llama, targets=targets)
+    adapters.peft_folder(tmp_path / "trained", llama, config, seed=3, save_embedding_layers=True)
+    riding = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert riding in open_source(tmp_path / "trained").tensors
+    found = inspect(tmp_path / "trained")
+    assert (found["architecture"], found["adapter"]["modules"], found["unknown_keys"]) == ("llm", 2, [])
+    assert [problem["site"] for problem in found["problems"] if problem["code"] == "companion"] == [riding]
+    result = operation(tmp_path / "trained", tmp_path / "written", "peft", dtype="fp16")
+    assert (result["kept"], result["dropped"]) == ([riding], [])
+    assert riding in open_source(tmp_path / "written").tensors
+    assert injected(read_by_peft(llama, tmp_path / "written")) == set(targets)
+
+
+@pytest.mark.parametrize(
+    ("what", "prefix"),
+    [
+        pytest.param("llm", "base_model.model.", id="llm-PeftModel"),
+        pytest.param("llm", "model.", id="llm-LoraModel"),
+        pytest.param("llm", "", id="llm-inject"),
+        pytest.param("sd1", "base_model.model.", id="sd1-PeftModel"),
+        pytest.param("sd1", "model.", id="sd1-LoraModel"),
+        pytest.param("sd1", "", id="sd1-inject"),
+    ],
+)
 def test_three_prefixes_are_one_adapter(
     what: str, prefix: str, tmp_path: Path, llama: torch.nn.Module, bases: Callable[[str], make.Base], convert: Callable[..., Path]
 ) -> None:
@@ -197,7 +234,21 @@ def test_wrapper_debris_is_repaired(
     read_by_peft(model, out)
 
 
-def test_without_its_config_a_scale_is_assumed_and_said(tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+def test_named_adapter_in_its_subfolder(tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+    """`save_pretrained` puts every adapter but the one called "default" into a folder of its name; its parent is what people pass on."""
+    from peft import get_peft_model
+
+    model = bases("flux").models["transformer"]
+    wrapped = adapters.fill(get_peft_model(deepcopy(model), adapters.lora_config(model, alpha=8), adapter_name="style"), 2)
+    wrapped.save_pretrained(tmp_path / "saved")
+    out = convert(tmp_path / "saved", "kohya")
+    truth = {name.removeprefix("base_model.model."): delta for name, delta in reference.deltas(tmp_path / "saved" / "style").items()}
+    assert_deltas(reference.deltas(out), expected("flux", {"transformer": truth}, "kohya"))
+
+
+def test_without_its_config_a_scale_is_assumed_and_said(
+    tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]
+) -> None:
     of = bases("sd1")
     trained = tmp_path / "trained"
     adapters.peft_folder(trained, of.models["unet"], adapters.lora_config(of.models["unet"], alpha=6))
@@ -221,7 +272,7 @@ def test_dora(what: str, tmp_path: Path, llama: torch.nn.Module, bases: Callable
     config = adapters.lora_config(model, alpha=8, use_dora=True)
     wanted = outputs(what, adapters.peft_folder(trained, model, config, save_embedding_layers=False))
     if what == "llm":
-        out = convert(rewritten(trained, tmp_path / "bare", lambda key: key.removeprefix("base_model.model.")), "peft")
+        out = convert(rewritten(trained, tmp_path / "bare", lambda key: key.removeprefix("base_model.")), "peft")
     else:
         kohya = convert(trained, "kohya")
         shapes = {tuple(value.shape[1:]) for key, value in load_file(kohya).items() if key.endswith(".dora_scale")}
@@ -234,7 +285,7 @@ def test_dora(what: str, tmp_path: Path, llama: torch.nn.Module, bases: Callable
 
 
 def lycoris_file(path: Path, model: torch.nn.Module, names: list[str], kind: str, alpha: float, seed: int = 0) -> Path:
-    """LyCORIS' tensors for linear layers, rank 2. kind: "loha", "lokr" (w2 in two factors) or "lokr-full"."""
+    """LyCORIS' tensors for linear layers, rank 2, factor 4. kind: "loha", "lokr" (w2 in two factors where that is less) or "lokr-full"."""
     noise = torch.Generator().manual_seed(seed)
     tensors = {}
 
@@ -248,14 +299,17 @@ def lycoris_file(path: Path, model: torch.nn.Module, names: list[str], kind: str
             shapes = {"hada_w1_a": (out, 2), "hada_w1_b": (2, in_), "hada_w2_a": (out, 2), "hada_w2_b": (2, in_)}
         else:
             shapes = {"lokr_w1": (4, 4)}
-            shapes |= {"lokr_w2": (out // 4, in_ // 4)} if kind == "lokr-full" else {"lokr_w2_a": (out // 4, 2), "lokr_w2_b": (2, in_ // 4)}
+            whole = kind == "lokr-full" or max(out // 4, in_ // 4) / 2 <= 2
+            shapes |= {"lokr_w2": (out // 4, in_ // 4)} if whole else {"lokr_w2_a": (out // 4, 2), "lokr_w2_b": (2, in_ // 4)}
         tensors |= {f"{stem}.{leaf}": random(*shape) for leaf, shape in shapes.items()} | {f"{stem}.alpha": torch.tensor(alpha)}
     save_file(tensors, path, {"ss_network_module": "lycoris.kohya"})
     return path
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "lokr-full"])
-def test_lycoris_kinds_keep_their_function(kind: str, tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+def test_lycoris_kinds_keep_their_function(
+    kind: str, tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]
+) -> None:
     """PEFT scales by alpha / r always, LyCORIS not where both factors of a LoKr are full (alpha is stored and means nothing)."""
     model = bases("sd1").models["unet"]
     names = [name for name in adapters.layers(model) if name.endswith((".attn1.to_q", ".attn2.to_out.0"))]
@@ -265,3 +319,50 @@ def test_lycoris_kinds_keep_their_function(kind: str, tmp_path: Path, bases: Cal
     check("sd1", model, folder, truth)
     back = convert(folder, "kohya", arch="sd1")
     assert_deltas(reference.deltas(back), reference.deltas(source))
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
+def test_lycoris_kinds_of_peft(kind: str, tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+    """PEFT's own LoKr and LoHa, Tucker cores included: alpha / r holds for whole factors too, so it is baked for kohya."""
+    import peft
+
+    model = bases("sd1").models["unet"]
+    targets = [name for name in adapters.layers(model) if "mid_block" in name or "down_blocks.1" in name]
+    more = {"decompose_factor": 4} if kind == "LoKr" else {}
+    config = getattr(peft, f"{kind}Config")(r=3, alpha=5, target_modules=targets, use_effective_conv2d=True, **more)
+    trained = tmp_path / "trained"
+    wrapped = adapters.fill(peft.get_peft_model(deepcopy(model), config), 4, 0.3).eval()
+    wrapped.save_pretrained(trained)
+    layers = {name: layer for name, layer in wrapped.named_modules() if hasattr(layer, "get_delta_weight")}
+    assert sorted(name.removeprefix("base_model.model.") for name in layers) == sorted(targets)
+    truth = {name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+    kohya = convert(trained, "kohya", arch="sd1")
+    assert_deltas(reference.deltas(kohya), {f"lora_unet_{name.replace('.', '_')}": delta for name, delta in truth.items()})
+    check("sd1", model, convert(kohya, "peft", arch="sd1"), truth)
+
+
+def test_factors_peft_would_shape_otherwise_are_refused(tmp_path: Path, bases: Callable[[str], make.Base]) -> None:
+    """One decompose_factor shapes all LoKr modules: a folder that PEFT cannot load is not written."""
+    model = bases("sd1").models["unet"]
+    noise = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, first in (("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 4), ("mid_block.attentions.0.proj_in", 8)):
+        out, in_ = model.get_submodule(name).weight.shape[:2]
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{stem}.lokr_w1"] = torch.randn(first, first, generator=noise)
+        tensors[f"{stem}.lokr_w2"] = torch.randn(out // first, in_ // first, *model.get_submodule(name).weight.shape[2:], generator=noise)
+    source, out_path = tmp_path / "lokr.safetensors", tmp_path / "out"
+    save_file(tensors, source)
+    with pytest.raises(UnsupportedError, match="decompose_factor") as refused:
+        operation(source, out_path, "peft", arch="sd1")
+    assert len(refused.value.details) == 1
+    assert not out_path.exists()
+    operation(source, out_path, "peft", arch="sd1", kind="lora")
+    truth = {f"base_model.model.{name}": delta for name, delta in _lokr_truth(source).items()}
+    assert_deltas(reference.deltas(out_path), truth)
+
+
+def _lokr_truth(source: Path) -> dict[str, torch.Tensor]:
+    names = ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in")
+    found = reference.deltas(source)
+    return {name: found[f"lora_unet_{name.replace('.', '_')}"] for name in names}

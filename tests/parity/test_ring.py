@@ -15,7 +15,7 @@ from fixtures import adapters, make
 from tests import reference
 from tests.parity.support import assert_deltas, expected
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 RING = ("diffusers", "kohya", "comfy", "peft")
 # feed-forward layers apart from the rest: other ranks, other alphas
@@ -26,7 +26,9 @@ def trained(folder: Path, of: make.Base, **config: Any) -> dict[str, torch.Tenso
     """A PEFT folder on a base's denoiser; returns ΔW of every module as PEFT computes it."""
     model = of.models[of.denoiser]
     wrapped = adapters.peft_folder(folder, model, adapters.lora_config(model, **config), seed=7)
-    layers = {name.removeprefix("base_model.model."): layer for name, layer in wrapped.named_modules() if hasattr(layer, "get_delta_weight")}
+    layers = {
+        name.removeprefix("base_model.model."): layer for name, layer in wrapped.named_modules() if hasattr(layer, "get_delta_weight")
+    }
     assert sorted(layers) == sorted(adapters.layers(model))
     return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
 
@@ -105,7 +107,9 @@ def test_parts_of_unequal_scales_survive_fusion(tmp_path: Path, bases: Callable[
     check_steps(of, around(folder, convert), truth)
 
 
-def test_both_spellings_of_one_model_are_one_adapter(tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]) -> None:
+def test_both_spellings_of_one_model_are_one_adapter(
+    tmp_path: Path, bases: Callable[[str], make.Base], convert: Callable[..., Path]
+) -> None:
     """`get_peft_model` writes base_model.model.…, `LoraModel` writes model.… and no config: alpha has to be said."""
     of = bases("sd1")
     folder, loose = tmp_path / "trained", tmp_path / "loose.safetensors"
@@ -117,3 +121,22 @@ def test_both_spellings_of_one_model_are_one_adapter(tmp_path: Path, bases: Call
         assert_deltas(reference.deltas(convert(source, "kohya", **options)), expected("sd1", truth, "kohya"))
     half = {"unet": {name: delta / 2 for name, delta in truth["unet"].items()}}  # rank 4, alpha 8, and nobody told
     assert_deltas(reference.deltas(convert(loose, "kohya")), expected("sd1", half, "kohya"))
+
+
+@pytest.mark.parametrize("build", [make.sd3_transformer, make.wan_transformer, make.lumina2_transformer], ids=["sd3", "wan", "lumina2"])
+def test_other_transformers(
+    build: Callable[[], torch.nn.Module], request: pytest.FixtureRequest, tmp_path: Path, convert: Callable[..., Path]
+) -> None:
+    """Renamed, fused, grouped-query and swapped modules: the ring ends where it began, and ‖ΔW‖ is the same at every step."""
+    architecture = request.node.callspec.id
+    of = make.Base(architecture, {"transformer": build()})
+    truth = trained(tmp_path / "trained", of, alpha=8, rank_pattern={"norm_out.linear": 2}, alpha_pattern={"norm_out.linear": 2})
+    steps = [tmp_path / "trained"]
+    for dialect in RING:
+        steps.append(convert(steps[-1], dialect, arch=architecture))
+    norms = [sum(float(delta.norm()) ** 2 for delta in reference.deltas(path).values()) for path in steps]
+    assert norms == pytest.approx([norms[0]] * len(steps), rel=1e-9)
+    assert_deltas(reference.deltas(steps[-1]), {f"base_model.model.{name}": delta for name, delta in truth.items()})
+    first, last = (load_file(path / "adapter_model.safetensors") for path in (steps[0], steps[-1]))
+    assert first.keys() == last.keys()
+    assert [key for key in first if not torch.equal(first[key], last[key])] == []

@@ -136,6 +136,7 @@ ARCHITECTURES = (
         "FramePack",
         (transformer(Table("framepack", _FRAMEPACK, _RANGES)), *_ENCODERS),
         kohya_namespace="diff",  # musubi trains the diffusers layout
+        comfy_namespace="diff",
         variants={"base": {**_WIDTHS, "img": 1152}},
         base_versions={"framepack": "base"},
         modelspec="framepack",

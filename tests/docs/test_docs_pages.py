@@ -1,0 +1,219 @@
+"""Every page does what it shows: commands, output, Python, links, and the picture of the house."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from loratools.cli import options
+from loratools.cli.main import ALIASES, COMMANDS, cli
+from loratools.operations.formats import formats
+from tests.docs import pages
+from tests.docs.pages import PAGES, ROOT, blocks, run, same, steps
+
+ALL = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
+_LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+_COMMAND = re.compile(r"`loratools ([a-z-]+)")
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_shows_what_happens(page: Path, workplace: Path, example_files: Path) -> None:
+    before, globs, wrong = digest(example_files), dict[str, object](), list[str]()
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        if block.language == "console":
+            for step in steps(block):
+                code, printed = run(step)
+                if code != step.exit_code:
+                    wrong.append(f"{where}: {step.command}: exit code {code}\n" + "\n".join(printed))
+                elif not same(step.shown, printed):
+                    wrong.append(f"{where}: {step.command} prints\n" + "\n".join(printed))
+        elif block.language == "pycon":
+            test = doctest.DocTestParser().get_doctest(block.text, globs, where, str(page), block.line)
+            told: list[str] = []
+            doctest.DocTestRunner(verbose=False).run(test, out=told.append, clear_globs=False)
+            globs, wrong = test.globs, [*wrong, *told]
+    assert not wrong, "\n\n".join(wrong) + "\n\npython -m tests.docs.regenerate writes what the commands print now"
+    assert digest(example_files) == before, "a command changed its input"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_console_blocks(page: Path) -> None:
+    """A command in any other block would not be run."""
+    for block in blocks(page):
+        if block.language != "console":
+            assert not [line for line in block.lines if line.startswith(("loratools ", "$ loratools "))], f"{page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_page(name: str) -> None:
+    """A page of its own that runs it, or (formats, env) a place in the index that does."""
+    page = ROOT / "docs" / f"{name}.md"
+    if page.name in pages.GENERATED or not page.exists():
+        page = ROOT / "docs" / "index.md"
+    run_there = {step.words[1] for block in blocks(page) if block.language == "console" for step in steps(block)}
+    assert name in run_there
+    assert f"[{name}]({name}.md)" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8") or name == "env"
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_only_commands_that_exist_are_named(page: Path) -> None:
+    assert set(_COMMAND.findall(page.read_text(encoding="utf-8"))) <= {*COMMANDS, *ALIASES}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_linked_from_the_index() -> None:
+    linked = set(_LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert {path.name for path in ROOT.glob("docs/*.md")} - {"index.md"} <= linked
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if (ROOT / "docs" / f"{name}.md").exists() and name != "formats"])
+def test_a_page_lists_the_json_keys(name: str, workplace: Path) -> None:
+    """The table under "JSON" names every key of the object, and no other."""
+    arguments = {
+        "inspect": ["broken.safetensors", "--modules", "--hashes"],
+        "convert": ["style.safetensors", "--to", "diffusers", "--dry-run"],
+        "compare": ["style.safetensors", "style.safetensors", "--modules"],
+        "metadata": ["chat-peft"],
+    }[name]
+    printed = json.loads(CliRunner().invoke(cli, [name, *arguments, "--json"]).stdout)
+    section = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").partition("## JSON")[2].partition("## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    assert listed - {"checkpoint"} == set(printed)
+
+
+# architecture → what the README calls it
+CALLED = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 1, 2",
+    "sdxl": "XL (base",
+    "sdxl-refiner": "refiner)",
+    "sd3": "3 and 3.5",
+    "flux": "Flux.1",
+    "chroma": "Chroma",
+    "wan": "Wan 2.1 and 2.2",
+    "lumina2": "Lumina-Image 2",
+    "llm": "language models",
+    "flux2": "Flux.2",
+    "hunyuan-video": "HunyuanVideo",
+    "framepack": "FramePack",
+    "hunyuan-image": "HunyuanImage",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+    "ltx-video": "LTX-Video",
+    "hidream": "HiDream",
+    "krea2": "Krea 2",
+    "cascade": "Stable Cascade",
+}
+
+
+def test_the_readme_names_every_dialect_and_architecture() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Dialects")[2].partition("\n## ")[0]
+    known = formats()
+    rows = text.partition("Converted:")[0]
+    named = {name for line in rows.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z-]+)`", line.split("|")[1])}
+    named |= set(re.findall(r"`([a-z-]+)`", rows.partition("\nand ")[2]))
+    assert named == {dialect["name"] for dialect in known["dialects"]}
+    converted, recognised = " ".join(text.partition("Converted:")[2].split()).split("Recognised")
+    assert CALLED.keys() == {architecture["name"] for architecture in known["architectures"]}
+    for architecture in known["architectures"]:
+        assert CALLED[architecture["name"]] in (converted if architecture["supported"] else recognised)
+
+
+# name in the examples of `--help` → the file that plays it
+CAST = {
+    "style.diffusers.safetensors": "style.safetensors",
+    "a.safetensors": "style.safetensors",
+    "b.safetensors": "style-weak.safetensors",
+    "lycoris.safetensors": "paper-loha.safetensors",
+    "peft_folder": "sketch-peft",
+    "adapter_folder": "sketch-peft",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_the_help_run(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example is run in a folder that holds its inputs and nothing else; what differs may say so with 4."""
+    context = click.Context(cli, info_name="loratools", **cli.context_settings)
+    command = cli.get_command(context, name)
+    assert isinstance(command, options.Command)
+    for number, line in enumerate(command.examples.strip().splitlines()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        found, _, last = line.strip().rpartition(" | ")
+        _, _, *arguments = shlex.split(last)
+        parameters = command.make_context(name, list(arguments), parent=context).params
+        inputs = [parameters[key] for key in ("source", "a", "b") if key in parameters] + list(parameters.get("paths", ()))
+        for path in inputs:
+            _play(Path("style.safetensors") if path.name in ("-", "*.safetensors") else path, workplace)
+            if path.name == "*.safetensors":
+                _play(Path("loras", "style.safetensors"), workplace)
+        if "--alpha" in arguments:  # an alpha is asked for: the folder has lost its own
+            config = folder / "adapter_folder" / "adapter_config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "lora_alpha": None}), encoding="utf-8")
+        result = CliRunner().invoke(cli, [name, *arguments], input="style.safetensors\n" if found else None)
+        assert result.exit_code in (0, 4), f"{line}\n{result.output}"
+
+
+def _play(path: Path, workplace: Path) -> None:
+    """Put the example file that plays `path` there, in the current folder."""
+    path.parent.mkdir(exist_ok=True)
+    source = workplace / CAST.get(path.name, path.name)
+    if source.is_dir():
+        shutil.copytree(source, path)
+    else:
+        shutil.copy(source, path)
+
+
+HOUSE = ("tensors", "adapters", "mapping", "operations", "cli")  # docs/architecture.md, right to left
+
+
+def test_the_house_is_as_the_picture_says() -> None:
+    """No package imports one to its left; errors and report import no package."""
+    picture = next(block for block in blocks(ROOT / "docs" / "architecture.md") if "cli ──▶ operations" in block.text)
+    assert picture.lines[0].split(" ──▶ ") == list(reversed(HOUSE))
+    above: list[str] = []
+    for file in (ROOT / "loratools").rglob("*.py"):
+        package = file.relative_to(ROOT / "loratools").parts[0].removesuffix(".py")
+        allowed = {"errors", "report", "version", *(HOUSE[: HOUSE.index(package) + 1] if package in HOUSE else ())}
+        if package in ("__init__", "__main__"):
+            continue
+        imported = [name.split(".")[1] for name in imports(file) if name.startswith("loratools.")]
+        above += [f"{file.name} imports {name}" for name in imported if name not in allowed]
+    assert not above
+
+
+def imports(file: Path) -> list[str]:
+    """The modules a file imports, at its top or inside a function."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+
+
+def test_pages_keep_to_140_columns_in_prose() -> None:
+    for page in PAGES:
+        inside = {number for block in blocks(page) for number in range(block.line, block.line + len(block.lines) + 2)}
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            assert number in inside or line.startswith("|") or len(line) <= 140, f"{page.name}:{number}: {len(line)} columns"
