@@ -221,11 +221,25 @@ _EXPONENTS = {"F16": (-24, 16), "BF16": (-133, 128), "F32": (-149, 128), "F64": 
 _ANY = 1 << 12  # no limit
 
 
+def _values(tensor: LazyTensor) -> torch.Tensor:
+    """Every value that occurs in the tensor, in float64; of 16 bits there are 65,536 at most, each once."""
+    import torch
+
+    if tensor.dtype not in ("F16", "BF16"):
+        return exact(tensor)
+    import numpy
+
+    occurs = numpy.zeros(1 << 16, dtype=bool)
+    occurs[tensor.load().flatten().view(torch.uint16).numpy()] = True
+    codes = numpy.flatnonzero(occurs).astype(numpy.uint16)
+    return torch.from_numpy(codes).view(torch_dtype(tensor.dtype)).to(torch.float64)
+
+
 def shift_range(tensor: LazyTensor) -> tuple[int, int]:
     """(lowest, highest) exponent e for which 2^e · tensor is exact in its own dtype, from the bits of its values."""
     import torch
 
-    values = exact(tensor)
+    values = _values(tensor)
     values = values[(values != 0) & values.isfinite()].abs()
     if not values.numel():
         return -_ANY, _ANY

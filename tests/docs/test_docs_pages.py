@@ -217,3 +217,32 @@ def test_pages_keep_to_140_columns_in_prose() -> None:
         inside = {number for block in blocks(page) for number in range(block.line, block.line + len(block.lines) + 2)}
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
             assert number in inside or line.startswith("|") or len(line) <= 140, f"{page.name}:{number}: {len(line)} columns"
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "expected"),
+    [
+        (["a", "...", "c"], ["a", "b", "b", "c"], True),
+        (["a", "...", "c"], ["a", "c"], True),
+        (["a", "..."], ["a"], True),
+        (["a", "...", "c"], ["a", "b"], False),
+        (["a", "c"], ["a", "b", "c"], False),
+        ([], ["a"], False),
+        (["a"], [], False),
+        (["relative error 1.63e-15 (tolerance 1e-05)"], ["relative error 0 (tolerance 1e-05)"], True),
+        (["relative error 1.63e-15 (tolerance 1e-05)"], ["relative error 1.63e-05 (tolerance 1e-05)"], False),
+        (["relative error 0.5"], ["relative error 0.25"], False),
+        (['  "cosine": 0.9994058478795843,'], ['  "cosine": 0.9994058478795999,'], True),
+        (['  "cosine": 0.9994058478795843,'], ['  "cosine": 0.9993058478795843,'], False),
+        ([" site     error", " ───────────"], [" site  error", " ────────"], True),
+    ],
+)
+def test_what_counts_as_the_same_output(shown: list[str], printed: list[str], expected: bool) -> None:
+    assert same(tuple(shown), tuple(printed)) is expected
+
+
+def test_a_command_and_its_exit_code() -> None:
+    block = pages.Block(ROOT / "x.md", 1, "console", ("$ loratools convert 'a b' --to x  # exit 3", "error: …", "$ loratools env"))
+    first, second = steps(block)
+    assert (first.words, first.exit_code, first.shown) == (["loratools", "convert", "a b", "--to", "x"], 3, ("error: …",))
+    assert (second.words, second.exit_code, second.shown) == (["loratools", "env"], 0, ())

@@ -172,7 +172,7 @@ def test_base_weights_beside_an_embedding_ride_along(tmp_path: Path, llama: torc
     riding = "base_model.model.model.embed_tokens.base_layer.weight"
     assert riding in open_source(tmp_path / "trained").tensors
     found = inspect(tmp_path / "trained")
-    assert (found["architecture"], found["adapter"]["modules"], found["unknown_keys"]) == ("llm", 2, [])
+    assert (found["architecture"], found["adapter"]["kinds"], found["unknown_keys"]) == ("llm", {"lora": 2, "set": 1}, [])
     assert [problem["site"] for problem in found["problems"] if problem["code"] == "companion"] == [riding]
     result = operation(tmp_path / "trained", tmp_path / "written", "peft", dtype="fp16")
     assert (result["kept"], result["dropped"]) == ([riding], [])
