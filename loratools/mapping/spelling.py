@@ -60,11 +60,11 @@ def memory(adapter: Adapter, architecture: Architecture) -> str | None:
 
 
 def _forms_of(adapter: Adapter) -> dict[str, Form]:
-    """component → the form most of its modules have."""
+    """component → the form most of its modules have; where there are LoRA factors, they alone say which words are used."""
     counts: dict[str, Counter[Form]] = {}
     for entry in adapter.entries:
         if entry.form is not None:
-            counts.setdefault(entry.component, Counter())[entry.form] += 1
+            counts.setdefault(entry.component, Counter())[entry.form] += len(adapter.entries) if "down" in entry.keys else 1
     return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
 
 

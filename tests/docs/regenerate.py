@@ -1,7 +1,7 @@
 """Write into the pages what the commands print now: python -m tests.docs.regenerate [PAGE...].
 
-Output that is shown in part (`...`) is left alone while it still fits; everything else is replaced. Read the difference before
-you keep it: a page that changed is a program that changed.
+Output that is shown in part (`...`) is left alone while it fits, and keeps as many lines at either end where it does not; everything
+else is replaced. Read the difference before you keep it: a page that changed is a program that changed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,16 @@ def _renewed(commands: list[Step]) -> list[str]:
         code, printed = run(step)
         bare = step.command.partition(" # exit ")[0].rstrip()
         lines.append(f"$ {bare}" + (f"  # exit {code}" if code else ""))
-        lines += step.shown if same(step.shown, printed) else printed
+        lines += step.shown if same(step.shown, printed) else _abridged(step.shown, printed)
     return lines
+
+
+def _abridged(shown: tuple[str, ...], printed: tuple[str, ...]) -> tuple[str, ...]:
+    """What is printed, with as many lines before the first `...` and after the last as are shown now."""
+    if "..." not in shown:
+        return printed
+    head, tail = shown.index("..."), shown[::-1].index("...")
+    return (*printed[:head], "...", *printed[len(printed) - tail :])
 
 
 def main(pages: list[Path]) -> None:

@@ -43,8 +43,10 @@ def files() -> set[str]:
 
 
 def worth_a_line(name: str) -> bool:
-    """Not the empty ones: `__init__.py` of a package without words of its own, py.typed."""
-    return not (name.endswith(("__init__.py", "py.typed")) and len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 1)
+    """Not the empty ones (`__init__.py` of a package without words of its own, py.typed), and not the results of a benchmark."""
+    return not name.startswith("benchmarks/results/") and not (
+        name.endswith(("__init__.py", "py.typed")) and len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 1
+    )
 
 
 def test_the_tree_is_the_tree() -> None:

@@ -295,8 +295,8 @@ def test_a_union_of_spellings_is_the_union_of_deltas(tmp_path: Path) -> None:
     }
     adapter = opened(tmp_path, {**PROJ, **{key: tensor for part in parts.values() for key, tensor in part.items()}})
     for name, part in parts.items():
-        up = next(tensor for key, tensor in part.items() if "up" in key or "lora_B" in key).double()
-        down = next(tensor for key, tensor in part.items() if "down" in key or "lora_A" in key).double()
+        up = next(tensor for key, tensor in part.items() if key.endswith(("up.weight", "lora_B.weight"))).double()
+        down = next(tensor for key, tensor in part.items() if key.endswith(("down.weight", "lora_A.weight"))).double()
         found = adapter.delta(Site("denoiser", stem.format(name).removeprefix("unet.")))
         assert torch.allclose(found, up @ down, rtol=1e-14, atol=0)
 
