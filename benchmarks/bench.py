@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -83,7 +84,7 @@ def layers(width: int) -> Iterator[tuple[str, int, int]]:
 
 
 def flux(rank: int) -> Shapes:
-    """The 304 modules of a Flux.1 adapter with modulation, qkv and linear1 fused; 350 MB at rank 32."""
+    """The 304 modules of a Flux.1 adapter with modulation, qkv and linear1 fused; 310 MB at rank 32."""
     shapes: Shapes = {}
     for block in range(19):
         for stream in ("img", "txt"):
@@ -180,13 +181,18 @@ def interleaved(runs: int, *jobs: Callable[[], float]) -> list[list[float]]:
 def row(name: str, size: int, times: list[float], against: str = "", base: list[float] | None = None) -> Row:
     """A line from its times; the ratio is the median of the turns' ratios."""
     ratio = statistics.median(own / other for own, other in zip(times, base, strict=True)) if base else None
-    return Row(name, size, statistics.median(times), max(times) - min(times), against, ratio)
+    return Row(
+        name, size, _short(statistics.median(times)), _short(max(times) - min(times)), against, None if ratio is None else _short(ratio)
+    )
+
+
+def _short(value: float) -> float:
+    return round(value, 4)
 
 
 def measure(folder: Path, megabytes: int, runs: int) -> Iterator[Row]:
     """All lines of the table, as they are ready."""
-    rank = max(1, round(64 * megabytes / 340))
-    source, out = write(folder / "sdxl.safetensors", sdxl(rank)), folder / "out.safetensors"
+    source, out = write(folder / "sdxl.safetensors", sdxl(_power_of_two(64 * megabytes / 340))), folder / "out.safetensors"
     size, plain = source.stat().st_size, "cp + fsync + sha256"
     targets = {"kohya": "copied", "comfy": "renamed", "kohya-diffusers": "renamed, hashed for its readers", "diffusers": "alpha folded"}
     base, *others = interleaved(runs, lambda: copied(source, out), *(_converting(source, out, target) for target in targets))
@@ -194,7 +200,7 @@ def measure(folder: Path, megabytes: int, runs: int) -> Iterator[Row]:
     for (target, what), times in zip(targets.items(), others, strict=True):
         yield row(f"SDXL kohya → {target} ({what})", size, times, plain, base)
     source.unlink()
-    source = write(folder / "flux.safetensors", flux(max(1, round(32 * megabytes / 350))))
+    source = write(folder / "flux.safetensors", flux(_power_of_two(32 * megabytes / 310)))
     size = source.stat().st_size
     base, split = interleaved(runs, lambda: copied(source, out), _converting(source, out, "diffusers"))
     yield row("Flux kohya → diffusers (qkv split, alpha folded)", size, split, plain, base)
@@ -208,6 +214,11 @@ def measure(folder: Path, megabytes: int, runs: int) -> Iterator[Row]:
     source = write(folder / "sd_xl.safetensors", checkpoint(7.0), sparse=True)
     (inspected,) = interleaved(runs, lambda: wall("inspect", source, "--json"))
     yield row("inspect a checkpoint, whole command", source.stat().st_size, inspected)
+
+
+def _power_of_two(rank: float) -> int:
+    """The nearest power of two, as ranks are: alpha 8 folds into such a file without rounding."""
+    return 1 << max(0, round(math.log2(rank)))
 
 
 def _converting(source: Path, out: Path, target: str) -> Callable[[], float]:
@@ -250,7 +261,7 @@ def main() -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
         machine = facts(settings.runs)
         path = settings.out / f"{machine['date']}-{settings.size}mb.json"
-        path.write_text(json.dumps({"machine": machine, "rows": [vars(found) for found in rows]}, indent=2) + "\n")
+        path.write_text(json.dumps({"machine": machine, "rows": [vars(found) for found in rows]}, indent=2, ensure_ascii=False) + "\n")
         print(f"\n{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
 
 

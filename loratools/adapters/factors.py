@@ -26,6 +26,12 @@ def widest(tensors: Sequence[LazyTensor]) -> str:
     return "F64" if "F64" in names else "F32"
 
 
+def holds(dtype: str, other: str) -> bool:
+    """Is every value of `other` a value of `dtype`? The 16-bit and 8-bit formats hold only themselves."""
+    width = {"F64": 2, "F32": 1}
+    return dtype == other or width.get(dtype, 0) > width.get(other, 0)
+
+
 def working(tensor: LazyTensor) -> torch.Tensor:
     """The values in the dtype arithmetic is done in: float32, or float64 where the file holds float64."""
     import torch

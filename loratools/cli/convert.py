@@ -70,8 +70,9 @@ def show(output: Output, result: dict[str, Any]) -> None:
     plan = result.get("plan")
     verb = "would write" if plan is not None else "wrote"
     output.say(f"{origin.get('dialect')} -> {target.get('dialect')} ({target.get('architecture') or origin.get('architecture')})")
-    exact = result.get("exact")
+    exact = not result.get("approximated")
     quality = "exact" if exact else f"not exact, largest relative error {number(result.get('max_relative_error'))}"
+    quality += " but for what was dropped" if exact and result.get("dropped") else ""
     output.say(f"{result.get('sites')} sites, {result.get('tensors_in')} tensors read, {result.get('tensors_out')} written; {quality}")
     approximated = sorted(result.get("approximated", []), key=lambda row: -row["relative_error"])
     _rows(output, "approximated", [f"{row['site']}  relative error {number(row['relative_error'])}" for row in approximated])

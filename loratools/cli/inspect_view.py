@@ -21,7 +21,7 @@ _ALPHA_FROM = {
     "tensor": "from the alpha tensors",
     "metadata": "from the metadata",
     "adapter_config": "from adapter_config.json",
-    "assumed": "assumed: the file records none",
+    "assumed": "assumed; the file records none",
 }
 
 

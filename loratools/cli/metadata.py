@@ -51,7 +51,7 @@ def metadata(
     elif output.json:
         output.emit(result)
     elif not output.quiet:
-        show(output, result, settings["dry_run"])
+        show(output, result, settings["dry_run"], stripped=settings["strip_private"])
     return 0
 
 
@@ -67,7 +67,7 @@ def _pairs(assignments: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(keys, (text.partition("=")[2] for text in assignments), strict=True))
 
 
-def show(output: Output, result: dict[str, Any], dry_run: bool) -> None:
+def show(output: Output, result: dict[str, Any], dry_run: bool, *, stripped: bool) -> None:
     """Every entry on a line of its own, long ones in full: `metadata` is where they are read."""
     if result["output"] is None:
         width = min(max((len(clean(key)) for key in result["metadata"]), default=0), 40)
@@ -79,7 +79,7 @@ def show(output: Output, result: dict[str, Any], dry_run: bool) -> None:
             output.say("no metadata")
     for key in result["removed"]:
         output.say(f"removed {key}")
-    for entry in result["private"]:
+    for entry in [] if stripped else result["private"]:
         output.warn(f"{entry['key']} holds something private: {entry['reason']} (--strip-private takes it out)")
     if result["output"] is not None:
         output.say(f"{'would write' if dry_run else 'wrote'} {result['output']}")

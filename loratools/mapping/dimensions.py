@@ -139,5 +139,3 @@ def best_variant(architecture: Architecture, dims: Mapping[str, int]) -> tuple[s
         if shared and all(published[symbol] == dims[symbol] for symbol in shared) and len(shared) > best[1]:
             best = (name, len(shared))
     return best
-
-

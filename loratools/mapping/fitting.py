@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools.adapters.adapter import Module, NotExact
-from loratools.adapters.factors import scaled
+from loratools.adapters.adapter import Module, NotExact, quotient
+from loratools.adapters.factors import cast, exact, holds, is_float, scaled
 from loratools.adapters.kinds import Dense, Dora, Loha, Lokr, Lora
 from loratools.adapters.kinds.common import Scaled
 from loratools.mapping.dialects import Dialect
@@ -156,3 +156,33 @@ def _with_config_alpha(module: Module, bare: Mapping[str, LazyTensor]) -> Module
         options.update(always_scale=True, rank=rank)
         alpha = module.scale * rank
     return replace(module, factors=bare, alpha=alpha, options=options)
+
+
+def narrows(module: Module, dtype: str) -> bool:
+    """Would some factor lose bits in this dtype?"""
+    return any(is_float(tensor) and not holds(dtype, tensor.dtype) for role, tensor in module.factors.items() if role != "alpha")
+
+
+def fit_dtype(module: Module, dtype: str, *, narrow: bool = False) -> Module:
+    """The factors in a dtype, rounded once where it is narrower (only with `narrow`); alpha and flags stay as they are."""
+    factors = {
+        role: cast(tensor, dtype) if role != "alpha" and is_float(tensor) and (narrow or holds(dtype, tensor.dtype)) else tensor
+        for role, tensor in module.factors.items()
+    }
+    return module.with_factors(factors)
+
+
+def relative_change(before: Module, after: Module) -> float:
+    """The relative error of ΔW, or the largest of the factors where ΔW depends on a base weight."""
+    if isinstance(before, Lora | Loha | Lokr) and isinstance(after, Scaled):
+        return before.relative_error(after)
+    if isinstance(before, Dora) and isinstance(after, Dora):
+        return max(relative_change(before.inner, after.inner), _distance(before.magnitude, after.magnitude))
+    shared = [role for role in before.factors if role in after.factors and is_float(before.factors[role])]
+    return max((_distance(before.factors[role], after.factors[role]) for role in shared), default=0.0)
+
+
+def _distance(before: LazyTensor, after: LazyTensor) -> float:
+    """Relative Frobenius distance of two tensors of one size."""
+    mine = exact(before).flatten()
+    return quotient(float((exact(after).flatten() - mine).norm()), float(mine.norm()))

@@ -320,7 +320,7 @@ class _Reader:
                 f"{self.assumed} modules record no alpha (PEFT keeps it in adapter_config.json): scale 1 is assumed; --alpha A settles it",
             )
         if self.alpha is not None and not self.settled:
-            raise UsageError("--alpha is for a file that records none; this one records its own", fix="loratools rescale-alpha changes it")
+            raise UsageError("--alpha is for a file that records none; this one records its own", fix="leave --alpha out")
 
 
 _SOURCES = {"adapter_config": "adapter_config.json", "metadata": "lora_adapter_metadata", "tensor": "the alpha tensor"}

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry, Form, Module, NotExact, Site
-from loratools.adapters.factors import cast, is_float
 from loratools.adapters.kinds import Dense, Dora
 from loratools.adapters.kinds.common import Scaled
 from loratools.errors import UnsupportedError
@@ -23,7 +22,7 @@ from loratools.mapping.baking import approximated, baked
 from loratools.mapping.bases import BaseWeights
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
-from loratools.mapping.fitting import fit_alpha, fit_kind, fit_shape_of, requirements
+from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, narrows, relative_change, requirements
 from loratools.mapping.leaves import COMMON_LEAF, SCHEMES
 from loratools.mapping.names import open_match
 from loratools.mapping.rules import DIFF, Match, Row, flat
@@ -93,7 +92,9 @@ def plan(
     if not dialect.writable:
         raise UnsupportedError(f"{dialect.name} cannot be written: {dialect.notes}")
     if not dialect.serves(architecture):
-        raise UnsupportedError(f"{dialect.name} has no spelling for {architecture.name}; it serves {', '.join(dialect.architectures)}")
+        others = [other.name for other in DIALECTS.values() if other.writable and other.serves(architecture)]
+        fix = f"dialects that have one: {', '.join(others)}"
+        raise UnsupportedError(f"{dialect.name} has no spelling for {architecture.title}", fix=fix)
     writer = _Writer(adapter, architecture, dialect, plain=plain, keep_alpha=keep_alpha, dtype=dtype, base=base)
     return writer.plan()
 
@@ -141,11 +142,6 @@ class _Writer:
                 fix=self._fix(),
             )
         tensors = {key: written.module.factors[role] for written in modules for role, key in written.keys.items()}
-        if self.dtype:
-            tensors = {
-                key: tensor if key.endswith(".alpha") or not is_float(tensor) else cast(tensor, self.dtype)
-                for key, tensor in tensors.items()
-            }
         configs = self._configs(modules) if self.dialect.alpha in ("config", "header") else {}
         return Plan(self.dialect, tensors, modules, self.report, configs)
 
@@ -215,11 +211,14 @@ class _Writer:
             if self.adapter.dialect != self.dialect.name:
                 module = fit_shape_of(module, target.match.row)
             original = module.alpha
-            module = fit_alpha(module, self.dialect, keep_alpha=self.keep_alpha)
+            wide = fit_dtype(module, "F32") if self.dtype else module  # the scale is folded in float32, then rounded once
+            module = fit_alpha(wide, self.dialect, keep_alpha=self.keep_alpha)
+            narrowed = self.dtype is not None and narrows(wide, self.dtype)
+            module = fit_dtype(module, self.dtype, narrow=True) if self.dtype else module
         except NotExact as refused:
             self.refusals.append(f"{where}: {refused}")
             return None
-        if module.options.get("rounded"):
+        if module.rounded or narrowed:
             self._note_error(target, entries, module)
         name = self._spelled(target)
         prefix = self._folder(target.component) + target.form.prefix
@@ -304,7 +303,7 @@ class _Writer:
         pieces = module.split(heights) if len(target.sites) > 1 else [module]
         for site, piece in zip(target.sites, pieces, strict=True):
             if site in before and piece is not None:
-                self.report.approximated[str(site)] = before[site].relative_error(piece)
+                self.report.approximated[str(site)] = relative_change(before[site], piece)
 
     # ---------------------------------------------------------------------------------------------------------- spelling
 

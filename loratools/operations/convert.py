@@ -59,6 +59,8 @@ def convert(
         raise UsageError(f"--kind {kind}: only lora can be asked for")
     path = Path(source)
     out = Path(output) if output is not None else _default_output(path, target)
+    if DIALECTS[target].folder and out.suffix in (".safetensors", ".pt", ".bin"):
+        raise UsageError(f"{out}: {target} is a folder, this is the name of a file", fix=f"{out.with_suffix('.' + target)}")
     problems: list[LoraToolsError] = []
     try:
         check_output(out, [path], force)

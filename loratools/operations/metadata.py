@@ -65,7 +65,8 @@ def _edited(source: TensorSource, set: Mapping[str, str], unset: Sequence[str], 
     problems = [_missing(source.metadata, key) for key in dict.fromkeys(unset) if key not in source.metadata]
     problems += [f"{key}: no valid Unicode text" for key, value in set.items() if not _is_text(key + value)]
     if problems:
-        raise InputError(f"{source.path}: {len(problems)} edits cannot be made", details=problems, fix=f"loratools metadata {source.path}")
+        count = f"{len(problems)} edit{'s' * (len(problems) > 1)}"
+        raise InputError(f"{source.path}: {count} cannot be made", details=problems, fix=f"loratools metadata {source.path}")
     kept = without_private(source.metadata) if strip else dict(source.metadata)
     return {**{key: value for key, value in kept.items() if key not in unset}, **set}
 

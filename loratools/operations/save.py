@@ -100,5 +100,3 @@ def _write_folder(out: Path, made: Plan, tensors: Mapping[str, LazyTensor], meta
                 chosen = {key.removeprefix(f"{config_name}."): tensor for key, tensor in chosen.items()}
             write_safetensors(inside / "adapter_model.safetensors", chosen, metadata)
             write_text_file(inside / "adapter_config.json", json.dumps(made.configs[config_name], indent=2, sort_keys=True) + "\n")
-
-
