@@ -141,19 +141,21 @@ from loratools.tensors.lazy import LazyTensor
 if sys.argv[3] in ("diffusers", "peft"):
     import torch
 start = time.perf_counter()
-convert(sys.argv[1], sys.argv[2], sys.argv[3], force=True)
+convert(sys.argv[1], sys.argv[2], sys.argv[3])
 print(time.perf_counter() - start)
 """
 
 
 def in_process(source: Path, out: Path, target: str) -> float:
     """Seconds of one conversion, measured inside a fresh process."""
+    out.unlink(missing_ok=True)
     command = [sys.executable, "-c", TIMED, str(source), str(out), target]
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def copied(source: Path, out: Path) -> float:
     """Seconds of cp, fsync and one sha256 of the copy."""
+    out.unlink(missing_ok=True)
     start = time.perf_counter()
     shutil.copyfile(source, out)
     with out.open("rb+") as file:
@@ -174,8 +176,12 @@ def interleaved(runs: int, *jobs: Callable[[], float]) -> list[list[float]]:
     """`runs` times of each job, taken in turn, so that a slow minute of the machine hits all of them; one turn to warm up."""
     for job in jobs:
         job()
-    turns = [[job() for job in jobs] for _ in range(runs)]
-    return [list(times) for times in zip(*turns, strict=True)]
+    times: list[list[float]] = [[] for _ in jobs]
+    for turn in range(runs):
+        for place in range(len(jobs)):
+            number = (turn + place) % len(jobs)  # another one goes first in each turn
+            times[number].append(jobs[number]())
+    return times
 
 
 def row(name: str, size: int, times: list[float], against: str = "", base: list[float] | None = None) -> Row:

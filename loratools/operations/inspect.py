@@ -19,6 +19,7 @@ from loratools.mapping.detect import Detection
 from loratools.mapping.read import Reading, adapter_keys, analyse, is_adapter
 from loratools.operations.values import value_findings
 from loratools.report import Finding
+from loratools.tensors.finite import first_not_finite
 from loratools.tensors.hashes import sha256_file, sshs_legacy_hash, sshs_model_hash, stored_hash_problems
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.metadata import trigger_words
@@ -197,17 +198,21 @@ def _module_rows(reading: Reading, spectrum: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _spectrum(module: Module) -> dict[str, Any]:
-    """Frobenius norm and singular values of ΔW from the factors; None where a kind needs the base weight.
+def _spectrum(module: Module) -> Mapping[str, Any]:
+    """Frobenius norm and singular values of ΔW from the factors; None where a kind needs the base weight or a module is broken.
 
     Stable rank is Σσ² / σ₁²; effective rank is exp(entropy of σ² / Σσ²) (Roy & Vetterli, 2007).
     """
     import torch
 
+    nothing = {"delta_norm": None, "singular_values": None, "stable_rank": None, "effective_rank": None}
+    broken = any(severity == "error" for severity, _, _ in module.problems())
+    if broken or any(map(first_not_finite, module.factors.values())):
+        return nothing
     try:
         values = module.singular_values().to(torch.float64)
     except NotExact:
-        return {"delta_norm": None, "singular_values": None, "stable_rank": None, "effective_rank": None}
+        return nothing
     energy = values.square()
     total = float(energy.sum())
     shares = energy[energy > 0] / total if total else energy[:0]

@@ -152,7 +152,7 @@ def test_a_full_disk_is_seen_before_the_first_byte(large: Path, run: Any, tmp_pa
 @pytest.mark.parametrize("target", ["comfy", "peft"])
 def test_folders_that_cannot_be_written(target: str, good: Path, run: Any, tmp_path: Path) -> None:
     """The kernel's own folder refuses even root; a missing one is named with the command that makes it."""
-    for out, word in ((Path("/proc/out.safetensors"), "/proc"), (tmp_path / "no" / "such" / "out", "mkdir")):
+    for out, word in ((Path("/proc/out"), "/proc"), (tmp_path / "no" / "such" / "out", "mkdir")):
         result = run("convert", good, out, "--to", target)
         assert result.exit_code == 1, result.output
         assert word in result.stderr
@@ -286,7 +286,7 @@ def test_existing_outputs_need_force(good: Path, run: Any, tmp_path: Path) -> No
         for flags in ([], ["--dry-run"]):
             result = run("convert", good, where, "--to", target, *flags)
             assert result.exit_code == 2, (target, where, result.output)
-            assert "--force" in result.stderr or where == folder
+            assert "--force" in result.stderr or (target, where) in (("comfy", folder), ("peft", out))  # the other form: refused for good
             assert tree(tmp_path) == before
     assert run("convert", good, out, "--to", "comfy", "--force").exit_code == 0
     assert run("convert", good, folder, "--to", "peft", "--force").exit_code == 0

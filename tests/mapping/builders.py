@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from loratools.errors import LoraToolsError
+from loratools.mapping.detect import Detection, detect
+from loratools.mapping.read import named_architecture
 from loratools.tensors.lazy import LazyTensor, scalar_tensor
 
 Tensors = dict[str, torch.Tensor]
@@ -233,6 +235,20 @@ def lora(stem: str, shape: tuple[int, ...], rank: int = 4, alpha: float | None =
     return found
 
 
+def delta(tensors: Mapping[str, torch.Tensor], stem: str) -> torch.Tensor:
+    """scale · up @ down of one module in float64, whatever its scheme."""
+    pairs = (("lora_up", "lora_down"), ("lora_B", "lora_A"), ("lora.up", "lora.down"))
+    up, down = next((f"{stem}.{up}.weight", f"{stem}.{down}.weight") for up, down in pairs if f"{stem}.{up}.weight" in tensors)
+    alpha = tensors.get(f"{stem}.alpha")
+    rank = tensors[down].shape[0]
+    scale = 1.0 if alpha is None else float(alpha) / rank
+    return scale * tensors[up].double().flatten(1) @ tensors[down].double().flatten(1)
+
+
+def rel(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.flatten(1) - expected).norm() / expected.norm())
+
+
 def refusal(call: object, *arguments: object, **options: object) -> LoraToolsError:
     """The error a call ends with; fails if it ends well."""
     with pytest.raises(LoraToolsError) as caught:
@@ -243,3 +259,28 @@ def refusal(call: object, *arguments: object, **options: object) -> LoraToolsErr
 def told(error: LoraToolsError) -> str:
     """All that an error says."""
     return "\n".join([error.message, *error.details, error.fix or ""])
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes alone
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def flat(name: str, out: int, in_: int, *kernel: int, prefix: str = "lora_unet_", rank: int = 8) -> Shapes:
+    """A kohya module: the shapes of its three tensors."""
+    stem = prefix + name.replace(".", "_")
+    one = tuple(1 for _ in kernel)
+    return {f"{stem}.lora_down.weight": (rank, in_, *kernel), f"{stem}.lora_up.weight": (out, rank, *one), f"{stem}.alpha": ()}
+
+
+def peft(name: str, out: int, in_: int, rank: int = 8) -> Shapes:
+    return {f"{name}.lora_A.weight": (rank, in_), f"{name}.lora_B.weight": (out, rank)}
+
+
+def look(*modules: Shapes, metadata: dict[str, str] | None = None, arch: str | None = None) -> Detection:
+    shapes = {key: shape for module in modules for key, shape in module.items()}
+    return detect(blank(shapes), metadata or {}, arch=named_architecture(arch) if arch else None)
+
+
+def names(found: Detection) -> set[str]:
+    return {candidate.architecture.name for candidate in found.candidates}

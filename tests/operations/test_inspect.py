@@ -94,6 +94,9 @@ def test_check_is_4_and_names_the_damage(name: str, save: Save, randn: Make, run
     where = "sshs_model_hash" if code == "stale-hash" else "zero" if code == "dead-adapter" else K if name == "alpha alone" else Q
     assert any(where in problem["message"] for problem in found["problems"] if problem["code"] == code)
     assert run("inspect", path).exit_code == 0  # it says what the file is all the same
+    assert run("inspect", path, "--spectrum", "--check").exit_code == 4  # and of the sound modules, how large they are
+    rows = {row["keys"][0].partition(".")[0]: row for row in inspect(path, spectrum=True)["modules"]}
+    assert rows[PROJ]["delta_norm"] > 0 or code == "dead-adapter"
 
 
 def test_check_of_a_sound_file_is_0(save: Save, randn: Make, run: Any) -> None:
