@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -280,15 +281,26 @@ def multiplied(tensor: LazyTensor, ratio: Fraction) -> tuple[LazyTensor, bool]:
     return times(tensor, float(ratio)), not (abs(mantissa) == 1 and low <= exponent <= high)
 
 
-def spread(first: LazyTensor, second: LazyTensor, ratio: Fraction) -> tuple[LazyTensor, LazyTensor, bool]:
-    """(first', second', rounded): a product of the two factors times `ratio`, in the factors' own dtypes.
+@dataclass(frozen=True)
+class Spread:
+    """Two factors with a ratio moved into them. rounded: not every bit was kept; second_took: the power of two the second took."""
+
+    first: LazyTensor
+    second: LazyTensor
+    rounded: bool = False
+    second_took: int = 0
+
+
+def spread(first: LazyTensor, second: LazyTensor, ratio: Fraction, second_takes: int | None = None) -> Spread:
+    """A product of two factors times `ratio`, in the factors' own dtypes.
 
     ratio = m · 2^e. The power of two goes to `first` as far as that is exact, judged by the bits of its values, and what is
-    left to `second`; m and the sign go to `first`, rounded once. rounded: m is not 1, or the dtypes are too narrow for the
-    power of two, whose loss the two then share. Raises NotExact where the product is too large for them.
+    left to `second`; m and the sign go to `first`, rounded once. Where the dtypes are too narrow for the power of two it is
+    divided so that the loss is least. second_takes: the power of two `second` has to take, for the way back of a former spread.
+    Raises NotExact where the product is too large for the dtypes.
     """
     if ratio == 1:
-        return first, second, False
+        return Spread(first, second)
     first, second = (tensor if tensor.dtype in _EXPONENTS else cast(tensor, "F32") for tensor in (first, second))
     mantissa, exponent = split_ratio(ratio)
     (low1, high1), (low2, high2) = shift_range(first), shift_range(second)
@@ -297,5 +309,19 @@ def spread(first: LazyTensor, second: LazyTensor, ratio: Fraction) -> tuple[Lazy
     if exponent > high1 + high2:
         raise NotExact(f"the factors times {float(ratio):g} exceed the range of {first.dtype} and {second.dtype}")
     lost = max(low1 + low2 - exponent, 0)
-    share = low1 - lost // 2 if lost else min(max(exponent, low1, exponent - high2), high1, exponent - low2)
-    return times(first, float(mantissa) * 2.0**share), times(second, 2.0 ** (exponent - share)), bool(inexact or lost)
+    if lost:
+        share = min(range(low1 - lost, low1 + 1), key=lambda power: _loss(first, power) + _loss(second, exponent - power))
+    else:
+        share = min(max(exponent, low1, exponent - high2), high1, exponent - low2)
+    if second_takes is not None and low2 <= second_takes <= high2 and low1 <= exponent - second_takes <= high1:
+        share, lost = exponent - second_takes, 0
+    new_first, new_second = times(first, float(mantissa) * 2.0**share), times(second, 2.0 ** (exponent - share))
+    return Spread(new_first, new_second, bool(inexact or lost), exponent - share)
+
+
+def _loss(tensor: LazyTensor, power: int) -> float:
+    """Relative squared error of 2^power · tensor in the tensor's own dtype."""
+    values = exact(tensor)
+    scaled = values * 2.0**power
+    total = float(scaled.square().sum())
+    return float((exact(times(tensor, 2.0**power)) - scaled).square().sum()) / total if total else 0.0

@@ -374,6 +374,9 @@ def _dialect(counts: Counter[str], architecture: Architecture, stems: Stems, met
     if container == "peft" and counts["peft"]:
         return "peft"
     most = max(counts.values())
+    own = metadata.get("loratools.dialect", "")
+    if counts[own] == most:  # look-alikes: kohya and OneTrainer spell a UNet of SD1 the same
+        return own
     best = next(name for name in DIALECTS if counts[name] == most)
     beside = any(key.startswith("bundle_emb.") for key in stems.companions) or any(key.startswith("ot_") for key in metadata)
     if beside and counts["onetrainer"] == most:

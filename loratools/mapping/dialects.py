@@ -6,7 +6,7 @@ the first spelling that applies to a component is written, all are read. Adding 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.rules import DIFF
@@ -77,11 +77,14 @@ class Dialect:
     architectures: tuple[str, ...] = ()
     writable: bool = True
     notes: str = ""
-    hashes: bool = field(default=False)  # its readers check sshs_model_hash
+    beside_kohya: bool = False  # spells what `kohya` spells wherever the two use the same names: there it is `kohya`
+    hashes: bool = False  # its readers check sshs_model_hash
 
     def serves(self, architecture: Architecture) -> bool:
         if architecture.open_names:  # a language model: only PEFT writes its modules' own names
             return self.alpha == "config"
+        if self.beside_kohya and architecture.kohya_namespace == DIFF:
+            return False
         return not self.architectures or architecture.name in self.architectures
 
 
@@ -97,7 +100,7 @@ DIALECTS: dict[str, Dialect] = {
             "sd-scripts, musubi-tuner, LyCORIS, ComfyUI, Forge, InvokeAI",
             (_FLAT_KOHYA,),
             "tensor",
-            LYCORIS_KINDS,
+            LYCORIS_KINDS | {"oft-list"},
             hashes=True,
         ),
         Dialect(
@@ -111,6 +114,7 @@ DIALECTS: dict[str, Dialect] = {
             ),
             "tensor",
             LYCORIS_KINDS,
+            beside_kohya=True,
             hashes=True,
         ),
         Dialect(

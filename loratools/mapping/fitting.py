@@ -5,7 +5,7 @@ Nothing here knows a name. Each step is exact, or says how far it is off, or ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,8 @@ def requirements(module: Module, row: Row) -> set[str]:
         words |= {_DENSE_WORDS.get(role, "dense") for role in module.factors if role != "alpha"}
         if "set" in words and row.layer == "norm":
             words = (words - {"set"}) | {"qk-norm"}
+    elif module.kind == "oft":
+        words.add("oft" if "oft_blocks" in module.factors else "oft-list")
     elif module.kind == "ia3":
         words.add("peft-ia3" if "ia3_l" in module.factors else "ia3")
     else:
@@ -75,6 +77,7 @@ _WORDS = {
     "tucker": "a tucker core",
     "lora-bias": "LoRA biases",
     "embedding": "embedding LoRA",
+    "oft-list": "sd-scripts' own OFT",
 }
 
 
@@ -115,6 +118,13 @@ def fit_shape_of(module: Module, row: Row) -> Module:
             if len(tensor.shape) > 2 and set(tensor.shape[2:]) == {1}:
                 factors[role] = tensor.reshape(tensor.shape[:2])
     return module.with_factors(factors)
+
+
+def flattened(module: Module, roles: Sequence[str]) -> Module:
+    """Factors of 1x1 kernels in two dimensions again, for a file that had them so (LyCORIS' DyLoRA). The same bytes."""
+    shapes = {role: module.factors[role].shape for role in roles if role in module.factors}
+    flat = {role: module.factors[role].reshape(shape[:2]) for role, shape in shapes.items() if set(shape[2:]) <= {1}}
+    return module.with_factors({**module.factors, **flat}) if flat else module
 
 
 def fit_alpha(module: Module, dialect: Dialect, *, keep_alpha: bool) -> Module:

@@ -10,10 +10,9 @@ import json
 from collections import Counter
 
 from loratools.adapters.adapter import Adapter
+from loratools.mapping import spelling
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.dialects import DIALECTS
-from loratools.mapping.spelling import KEY as spelling_key
-from loratools.mapping.spelling import memory
 from loratools.mapping.write import Plan
 from loratools.tensors.metadata import lora_adapter_metadata
 
@@ -41,7 +40,7 @@ def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, ve
         for key, value in adapter.metadata.items()
         if key not in _HASHES and not (moved and (key == "lora_adapter_metadata" or key.startswith(_OWN)))
     }
-    new = {"format": "pt", **_lineage(adapter, architecture, version)} if moved else {}
+    new = {"format": "pt", **_lineage(adapter, architecture, plan, version)} if moved else {}
     if moved and plan.dialect.alpha == "header":
         new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
     if moved and plan.dialect.alpha != "tensor":
@@ -54,23 +53,38 @@ def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, ve
     return {**carried, **dict(sorted((key, value) for key, value in new.items() if key not in carried))}
 
 
-def _lineage(adapter: Adapter, architecture: Architecture, version: str) -> dict[str, str]:
+def _lineage(adapter: Adapter, architecture: Architecture, plan: Plan, version: str) -> dict[str, str]:
     """Where the output came from: dialect, architecture, spelling, and the base name of the source."""
-    found = {_OWN + "architecture": architecture.name, _OWN + "converted_from": adapter.dialect, _OWN + "version": version}
-    remembered = memory(adapter, architecture)
+    found = {
+        _OWN + "architecture": architecture.name,
+        _OWN + "converted_from": adapter.dialect,
+        _OWN + "dialect": plan.dialect.name,
+        _OWN + "version": version,
+    }
+    remembered = spelling.memory(adapter, architecture)
     if remembered is not None:
-        found[spelling_key] = remembered
+        found[spelling.KEY] = remembered
+    flat = spelling.flat_memory(adapter, {str(written.sites[0]): [*written.reshaped] for written in plan.modules if written.reshaped})
+    if flat is not None:
+        found[spelling.FLAT] = flat
     if adapter.path is not None:
         found[_OWN + "source"] = adapter.path.name
     return found
 
 
 def _folded_alphas(plan: Plan) -> str:
-    """site → the alpha it had; "*" when all modules had the same. Sites without an entry had none."""
-    known = {str(written.sites[0]): written.original_alpha for written in plan.modules if written.original_alpha is not None}
-    values = set(known.values())
-    if len(values) == 1 and len(known) == len(plan.modules):
-        return json.dumps({"*": values.pop()})
+    """site → the alpha it had, with the power of two its second factor took if it took one: `8.0` or `[8.0, -1]`.
+
+    "*" when all modules had the same; sites without an entry had none.
+    """
+    known: dict[str, float | list[float]] = {}
+    for written in plan.modules:
+        if written.original_alpha is not None:
+            took = written.module.options.get("second_took")
+            known[str(written.sites[0])] = [written.original_alpha, took] if took else written.original_alpha
+    values = list(known.values())
+    if len(known) == len(plan.modules) and all(value == values[0] for value in values[1:]) and values:
+        return json.dumps({"*": values[0]})
     return json.dumps(known, sort_keys=True, separators=(",", ":"))
 
 

@@ -2,7 +2,8 @@
 
 A dialect is written in its first spelling. A file that came from a dialect in another of its spellings (lora_down/lora_up under
 `diffusion_model.`, no prefix in diffusers names) says so in the header entry `loratools.spelling`, so that the way back gives the
-same keys: dialect → component → [prefix, spelling, namespace, scheme].
+same keys: dialect → component → [prefix, spelling, namespace, scheme]. `loratools.flat` does the same for factors of convolutions
+that had two dimensions: dialect → site → roles.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.dialects import DIALECTS, Dialect
 
 KEY = "loratools.spelling"
+FLAT = "loratools.flat"
 
 
 def all_forms(dialect: Dialect, architecture: Architecture, component: Component) -> list[Form]:
@@ -59,6 +61,19 @@ def memory(adapter: Adapter, architecture: Architecture) -> str | None:
     return json.dumps(noted, sort_keys=True, separators=(",", ":")) if noted else None
 
 
+def remembered_flat(adapter: Adapter, dialect: Dialect) -> dict[str, list[str]]:
+    """site → roles that had two dimensions when the file was last in this dialect."""
+    return {} if adapter.dialect == dialect.name else _noted(adapter, FLAT).get(dialect.name, {})
+
+
+def flat_memory(adapter: Adapter, reshaped: dict[str, list[str]]) -> str | None:
+    """The header entry for factors that got the dimensions of their kernel on the way out of `adapter`'s dialect."""
+    noted = _noted(adapter, FLAT)
+    if reshaped:
+        noted[adapter.dialect] = reshaped
+    return json.dumps(noted, sort_keys=True, separators=(",", ":")) if noted else None
+
+
 def _forms_of(adapter: Adapter) -> dict[str, Form]:
     """component → the form most of its modules have; where there are LoRA factors, they alone say which words are used."""
     counts: dict[str, Counter[Form]] = {}
@@ -68,9 +83,9 @@ def _forms_of(adapter: Adapter) -> dict[str, Form]:
     return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
 
 
-def _noted(adapter: Adapter) -> dict[str, dict[str, list[str]]]:
+def _noted(adapter: Adapter, key: str = KEY) -> dict[str, dict[str, list[str]]]:
     try:
-        noted = json.loads(adapter.metadata.get(KEY, "{}"))
+        noted = json.loads(adapter.metadata.get(key, "{}"))
     except ValueError:
         return {}
     return noted if isinstance(noted, dict) else {}

@@ -22,11 +22,11 @@ from loratools.mapping.baking import approximated, baked
 from loratools.mapping.bases import BaseWeights
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
-from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, narrows, relative_change, requirements
+from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, flattened, narrows, relative_change, requirements
 from loratools.mapping.leaves import COMMON_LEAF, SCHEMES
 from loratools.mapping.names import open_match
 from loratools.mapping.rules import DIFF, Match, Row, flat
-from loratools.mapping.spelling import remembered_forms, usual_form
+from loratools.mapping.spelling import remembered_flat, remembered_forms, usual_form
 from loratools.report import Report
 from loratools.tensors.lazy import LazyTensor
 
@@ -44,6 +44,7 @@ class Written:
     keys: dict[str, str]  # role → key
     sources: tuple[Entry, ...]
     original_alpha: float | None = None  # before it was folded
+    reshaped: tuple[str, ...] = ()  # roles that had two dimensions in the file and have a kernel here
 
 
 @dataclass
@@ -122,6 +123,7 @@ class _Writer:
         self.report = Report()
         self.refusals: list[str] = []
         self.remembered = remembered_forms(adapter, architecture, dialect)
+        self.flat = remembered_flat(adapter, dialect)
         self.unsplit: dict[int, dict[Site, Module]] = {}
         self.at: dict[Site, list[Entry]] = {}
         for entry in self.adapter.entries:
@@ -208,8 +210,12 @@ class _Writer:
             if isinstance(module, Dense) and module.options.get("baked"):
                 module = self._low_rank(target, module)
             module = fit_kind(module, self.dialect, target.match.row, plain=self.plain)
+            stored = module
+            reshaped: tuple[str, ...] = ()
             if self.adapter.dialect != self.dialect.name:
                 module = fit_shape_of(module, target.match.row)
+                reshaped = tuple(role for role in module.factors if module.factors[role].shape != stored.factors[role].shape)
+                module = flattened(module, self.flat.get(str(target.sites[0]), ()))
             original = module.alpha
             wide = fit_dtype(module, "F32") if self.dtype else module  # the scale is folded in float32, then rounded once
             module = fit_alpha(wide, self.dialect, keep_alpha=self.keep_alpha)
@@ -226,7 +232,7 @@ class _Writer:
         for entry in entries:
             self.report.mapped.update(entry.keys.values())
         sites = tuple(site for site in target.sites if site in self.at)
-        return Written(sites, target.match.name, module, keys, tuple(entries), original)
+        return Written(sites, target.match.name, module, keys, tuple(entries), original, reshaped)
 
     def _baked(self, entry: Entry, dialect: Dialect, base: BaseWeights) -> Entry:
         """The entry as a full delta on the base, where the dialect cannot hold its kind."""
@@ -357,24 +363,26 @@ def unfolded(adapter: Adapter) -> Adapter:
     """The adapter with the alphas that a former conversion took out of the file put back (powers of two bit for bit).
 
     The header entry `loratools.alpha` holds them: site → alpha, or "*" for all; a site without an entry had none. Where they were
-    folded they come out of the factors again; PEFT's config has one for every module. Without the entry nothing changes.
+    folded they come out of the factors again, each factor what it took ([alpha, the second factor's power of two]); PEFT's config
+    has one for every module. Without the entry nothing changes.
     """
     text = adapter.metadata.get("loratools.alpha")
     rule = DIALECTS[adapter.dialect].alpha
     if text is None or rule == "tensor":
         return adapter
-    recorded = {str(site): float(alpha) for site, alpha in json.loads(text).items()}
+    recorded = {str(site): value if isinstance(value, list) else [value, 0] for site, value in json.loads(text).items()}
     entries = []
     for entry in adapter.entries:
         module = entry.module
         if isinstance(module, Scaled | Dora):
-            alpha = recorded.get(str(entry.sites[0]), recorded.get("*"))
+            alpha, took = recorded.get(str(entry.sites[0]), recorded.get("*", (None, 0)))
             if rule != "config":
                 module = module.folded()
             if alpha is None:
                 module = replace(module, alpha=None) if module.scale == 1.0 else module
             elif module.rank:
-                module = module.with_alpha(alpha)
+                module = module.with_alpha(alpha, -took)
+                module = replace(module, options={name: value for name, value in module.options.items() if name != "second_took"})
             elif "always_scale" in module.options:  # PEFT divides the alpha of a LoKr of full factors, other readers ignore it
                 options = {name: value for name, value in module.options.items() if name not in ("always_scale", "rank")}
                 module = replace(module.folded(), alpha=alpha, options=options)

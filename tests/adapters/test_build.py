@@ -142,3 +142,10 @@ print(build({"reshape_weight": blank["reshape_weight"]})[0].shape, "torch" in sy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["dora (8, 6) 2 2.0 []", "dense (8, 6) None 1.0 []", "(3072, 128) False"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+def test_factors_that_are_no_fractions_are_refused(dtype):
+    down, up = torch.ones(2, 8, dtype=dtype), torch.ones(8, 2)
+    (module,) = build({"down": from_torch(down), "up": from_torch(up)})
+    assert [problem[:2] for problem in module.problems()] == [("error", "bad-dtype")]

@@ -48,7 +48,8 @@ def test_split_ratio(ratio):
 @pytest.mark.parametrize("exponent", [-12, -3, 1, 7])
 def test_spread_of_powers_of_two_keeps_every_product(rand, dtype, exponent):
     first, second = rand(6, 3, dtype=dtype, size=1e-2), rand(3, 5, dtype=dtype)
-    new_first, new_second, rounded = fac.spread(first, second, Fraction(2) ** exponent)
+    spread = fac.spread(first, second, Fraction(2) ** exponent)
+    new_first, new_second, rounded = spread.first, spread.second, spread.rounded
     before, after = (a.load().double() @ b.load().double() for a, b in ((first, second), (new_first, new_second)))
     assert (new_first.dtype, new_second.dtype) == (first.dtype, second.dtype)
     assert not rounded
@@ -57,7 +58,19 @@ def test_spread_of_powers_of_two_keeps_every_product(rand, dtype, exponent):
 
 def test_second_factor_stays_where_the_first_has_room(rand):
     first, second = rand(6, 3), rand(3, 5)
-    assert torch.equal(fac.spread(first, second, Fraction(1, 8))[1].load(), second.load())
+    spread = fac.spread(first, second, Fraction(1, 8))
+    assert torch.equal(spread.second.load(), second.load())
+    assert spread.second_took == 0
+
+
+def test_the_way_back_gives_each_factor_what_it_took(rand):
+    first, second = rand(6, 3, dtype=torch.float16, size=1e-6), rand(3, 5, dtype=torch.float16)
+    there = fac.spread(first, second, Fraction(1, 8))
+    assert there.second_took < 0
+    back = fac.spread(there.first, there.second, Fraction(8), -there.second_took)
+    assert torch.equal(back.first.load(), first.load())
+    assert torch.equal(back.second.load(), second.load())
+    assert not torch.equal(fac.spread(there.first, there.second, Fraction(8)).first.load(), first.load())
 
 
 def test_narrow_floats_are_widened():

@@ -285,7 +285,7 @@ def test_a_bias_of_lora_b_is_scaled_into_a_bias_delta(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- C16: 1x1 convolution or linear layer
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "peft", "comfy", "kohya-diffusers"])
+@pytest.mark.parametrize("dialect", ["diffusers", "peft", "comfy", "onetrainer"])
 def test_a_1x1_convolution_stored_both_ways(dialect: str, tmp_path: Path) -> None:
     """[4, 16] and [4, 16, 1, 1] are the same delta, and both are written as the convolution they belong to."""
     stem = f"{BLOCK}proj_in"

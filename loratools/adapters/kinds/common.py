@@ -53,7 +53,7 @@ class Kind(Module):
         return None
 
     def problems(self) -> list[Problem]:
-        return [*alpha_problems(self), *(empty_problems(self.factors) or self.shape_problems())]
+        return [*alpha_problems(self), *dtype_problems(self.factors), *(empty_problems(self.factors) or self.shape_problems())]
 
     def shape_problems(self) -> list[Problem]:
         """What the shapes of this kind's factors say against each other."""
@@ -105,12 +105,13 @@ class Scaled(Kind):
     def transpose(self) -> Scaled:
         raise NotExact(f"a {self.kind} module cannot be transposed")
 
-    def with_alpha(self, alpha: float) -> Self:
+    def with_alpha(self, alpha: float, second_takes: int | None = None) -> Self:
         """The same ΔW under another alpha: the ratio of the scales goes into the factors (see `factors.spread`).
 
-        Exact for a power of two within the dtypes' range, else `rounded`. Raises NotExact for an alpha of 0.
+        Exact for a power of two within the dtypes' range, else `rounded`. options["second_took"] remembers the power of two that
+        the second factor took; its negative as `second_takes` is the way back. Raises NotExact for an alpha of 0.
         """
-        return self._moved(alpha, self.options)
+        return self._moved(alpha, self.options, second_takes)
 
     def folded(self) -> Self:
         """The same ΔW without alpha (scale 1); see `with_alpha`."""
@@ -121,18 +122,21 @@ class Scaled(Kind):
         moved = self.folded() if alpha is None else self.with_alpha(alpha)
         return self.rounded or not moved.rounded
 
-    def _moved(self, alpha: float | None, options: Mapping[str, Any]) -> Self:
+    def _moved(self, alpha: float | None, options: Mapping[str, Any], second_takes: int | None = None) -> Self:
         old, new = self.scale_of(self.alpha), self.with_factors(self.factors, alpha=alpha, options=options).scale_of(alpha)
         if not old or not new:
             raise NotExact("a scale of 0 cannot be moved into the factors")
         factors = dict(self.factors) if alpha == self.alpha else self.without_alpha()
         first, second = self.spread_roles
-        factors[first], factors[second], rounded = fac.spread(factors[first], factors[second], old / new)
+        spread = fac.spread(factors[first], factors[second], old / new, second_takes)
+        factors[first], factors[second], rounded = spread.first, spread.second, spread.rounded
         if "bias" in factors and old != new:
             factors["bias"], lost = fac.multiplied(factors["bias"], old / new)
             rounded = rounded or lost
         source = self.alpha_source if alpha is not None else "assumed"
-        changed = {**options, "rounded": True} if rounded else options
+        changed = {name: value for name, value in options.items() if name != "second_took"}
+        changed |= {"rounded": True} if rounded else {}
+        changed |= {"second_took": spread.second_took} if spread.second_took else {}
         return self.with_factors(factors, alpha=alpha, alpha_source=source, options=changed)
 
     def extra_bias(self) -> torch.Tensor | None:
@@ -161,6 +165,16 @@ def alpha_problems(module: Kind) -> list[Problem]:
 def empty_problems(factors: Mapping[str, LazyTensor]) -> list[Problem]:
     empty = {role: tensor for role, tensor in factors.items() if tensor.numel == 0}
     return [("error", "empty-tensor", f"{role} has shape {list(tensor.shape)}, no element") for role, tensor in empty.items()]
+
+
+# Roles that hold flags, sizes and indices; all others hold weights.
+_COUNTS = ("alpha", "on_input", "reshape_weight", "bias_indices", "bias_size", "oft_R.scaled_oft")
+
+
+def dtype_problems(factors: Mapping[str, LazyTensor]) -> list[Problem]:
+    """Weights that are no numbers with a fraction: booleans, indices, quantised codes without their scale."""
+    wrong = {role: tensor for role, tensor in factors.items() if role not in _COUNTS and not fac.is_float(tensor)}
+    return [("error", "bad-dtype", f"{role} has dtype {tensor.dtype}, expected floating point") for role, tensor in wrong.items()]
 
 
 def expect(factors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int | None, ...]], code: str = "bad-shape") -> list[Problem]:

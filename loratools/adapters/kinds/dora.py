@@ -134,9 +134,9 @@ class Dora(Kind):
         rest = {name: factor for name, factor in self.factors.items() if name not in MAGNITUDES}
         return self.with_factors({**rest, role: tensor.reshape(shape)})
 
-    def with_alpha(self, alpha: float) -> Self:
+    def with_alpha(self, alpha: float, second_takes: int | None = None) -> Self:
         """The same D under another alpha; see `Scaled.with_alpha`."""
-        return self._around(self.inner.with_alpha(alpha))
+        return self._around(self.inner.with_alpha(alpha, second_takes))
 
     def folded(self) -> Self:
         """The same D without alpha; see `Scaled.folded`."""
