@@ -6,11 +6,10 @@ Source: sd-scripts (ss_*), Stability's modelspec, diffusers' lora_adapter_metada
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 from loratools.adapters.adapter import Adapter
-from loratools.mapping import spelling
+from loratools.mapping import memory
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.write import Plan
@@ -44,8 +43,8 @@ def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, ve
     if moved and plan.dialect.alpha == "header":
         new["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
     if moved and plan.dialect.alpha != "tensor":
-        before = adapter.metadata.get(_OWN + "alpha") if DIALECTS[adapter.dialect].alpha != "tensor" else None
-        new[_OWN + "alpha"] = before or _folded_alphas(plan)
+        before = adapter.metadata.get(memory.ALPHA) if DIALECTS[adapter.dialect].alpha != "tensor" else None
+        new[memory.ALPHA] = before or memory.of_alphas(_alphas(plan), complete=len(plan.modules))
     described = _network(plan, architecture)
     carried.update({key: value for key, value in described.items() if key in carried})
     if moved and plan.dialect.hashes:
@@ -61,31 +60,21 @@ def _lineage(adapter: Adapter, architecture: Architecture, plan: Plan, version: 
         _OWN + "dialect": plan.dialect.name,
         _OWN + "version": version,
     }
-    remembered = spelling.memory(adapter, architecture)
-    if remembered is not None:
-        found[spelling.KEY] = remembered
-    flat = spelling.flat_memory(adapter, {str(written.sites[0]): [*written.reshaped] for written in plan.modules if written.reshaped})
-    if flat is not None:
-        found[spelling.FLAT] = flat
+    reshaped = {str(written.sites[0]): [*written.reshaped] for written in plan.modules if written.reshaped}
+    entries = {memory.SPELLING: memory.of_spelling(adapter, architecture), memory.FLAT: memory.of_shapes(adapter, reshaped)}
+    found.update({key: text for key, text in entries.items() if text is not None})
     if adapter.path is not None:
         found[_OWN + "source"] = adapter.path.name
     return found
 
 
-def _folded_alphas(plan: Plan) -> str:
-    """site → the alpha it had, with the power of two its second factor took if it took one: `8.0` or `[8.0, -1]`.
-
-    "*" when all modules had the same; sites without an entry had none.
-    """
-    known: dict[str, float | list[float]] = {}
-    for written in plan.modules:
-        if written.original_alpha is not None:
-            took = written.module.options.get("second_took")
-            known[str(written.sites[0])] = [written.original_alpha, took] if took else written.original_alpha
-    values = list(known.values())
-    if len(known) == len(plan.modules) and all(value == values[0] for value in values[1:]) and values:
-        return json.dumps({"*": values[0]})
-    return json.dumps(known, sort_keys=True, separators=(",", ":"))
+def _alphas(plan: Plan) -> dict[str, tuple[float, int]]:
+    """site → (alpha before it was folded, the power of two the second factor took)."""
+    return {
+        str(written.sites[0]): (written.original_alpha, int(written.module.options.get("second_took", 0)))
+        for written in plan.modules
+        if written.original_alpha is not None
+    }
 
 
 def _network(plan: Plan, architecture: Architecture) -> dict[str, str]:

@@ -7,14 +7,12 @@ read. All refusals are collected and raised together.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry, Form, Module, NotExact, Site
-from loratools.adapters.kinds import Dense, Dora
-from loratools.adapters.kinds.common import Scaled
+from loratools.adapters.kinds import Dense
 from loratools.errors import UnsupportedError
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, Component
@@ -22,11 +20,11 @@ from loratools.mapping.baking import approximated, baked
 from loratools.mapping.bases import BaseWeights
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
-from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, flattened, narrows, relative_change, requirements
+from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, flattened, narrows, relative_change
 from loratools.mapping.leaves import COMMON_LEAF, SCHEMES
+from loratools.mapping.memory import remembered_flat, remembered_forms, unfolded, usual_form
 from loratools.mapping.names import open_match
-from loratools.mapping.rules import DIFF, Match, Row, flat
-from loratools.mapping.spelling import remembered_flat, remembered_forms, usual_form
+from loratools.mapping.rules import DIFF, Match, flat
 from loratools.report import Report
 from loratools.tensors.lazy import LazyTensor
 
@@ -114,8 +112,6 @@ class _Writer:
     ) -> None:
         self.base = base
         self.adapter = unfolded(adapter) if dialect.alpha in ("tensor", "config") else adapter
-        if base is not None:
-            self.adapter = self.adapter.replace(entries=tuple(self._baked(entry, dialect, base) for entry in self.adapter.entries))
         self.source = {id(mine): theirs for mine, theirs in zip(self.adapter.entries, adapter.entries, strict=True)}
         self.architecture, self.dialect = architecture, dialect
         self.plain, self.dtype = plain, dtype
@@ -125,6 +121,7 @@ class _Writer:
         self.remembered = remembered_forms(adapter, architecture, dialect)
         self.flat = remembered_flat(adapter, dialect)
         self.unsplit: dict[int, dict[Site, Module]] = {}
+        self.made: dict[int, Entry] = {}
         self.at: dict[Site, list[Entry]] = {}
         for entry in self.adapter.entries:
             for site in entry.sites:
@@ -204,12 +201,9 @@ class _Writer:
         """One output module: regrouped, fitted, spelled. A refusal is noted and None returned."""
         where = ", ".join(str(site) for site in target.sites if site in self.at)
         try:
-            module = self._regroup(target, entries)
+            module = self._fitted(target, entries)
             if module is None:
                 return None
-            if isinstance(module, Dense) and module.options.get("baked"):
-                module = self._low_rank(target, module)
-            module = fit_kind(module, self.dialect, target.match.row, plain=self.plain)
             stored = module
             reshaped: tuple[str, ...] = ()
             if self.adapter.dialect != self.dialect.name:
@@ -234,12 +228,27 @@ class _Writer:
         sites = tuple(site for site in target.sites if site in self.at)
         return Written(sites, target.match.name, module, keys, tuple(entries), original, reshaped)
 
-    def _baked(self, entry: Entry, dialect: Dialect, base: BaseWeights) -> Entry:
-        """The entry as a full delta on the base, where the dialect cannot hold its kind."""
-        row = Row(entry.name, tuple(site.path for site in entry.sites))
-        if entry.module.linear or not requirements(entry.module, row) - dialect.holds:
+    def _fitted(self, target: _Target, entries: list[Entry]) -> Module | None:
+        """The target's module as a kind the dialect holds; baked on the base, if there is one, where that is refused."""
+        try:
+            module = self._regroup(target, entries)
+            return None if module is None else fit_kind(module, self.dialect, target.match.row, plain=self.plain)
+        except NotExact:
+            if self.base is None or all(entry.module.linear for entry in entries):
+                raise
+        module = self._regroup(target, [self._baked(entry, self.base) for entry in entries])
+        if isinstance(module, Dense):
+            module = self._low_rank(target, module)
+        return None if module is None else fit_kind(module, self.dialect, target.match.row, plain=self.plain)
+
+    def _baked(self, entry: Entry, base: BaseWeights) -> Entry:
+        """The entry as a full delta on the base, if it multiplies the base weight; made once for all the parts it serves."""
+        if entry.module.linear:
             return entry
-        return replace(entry, module=baked(entry.module, base.of(entry, self.adapter.dims)))
+        if id(entry) not in self.made:
+            self.made[id(entry)] = replace(entry, module=baked(entry.module, base.of(entry, self.adapter.dims)))
+            self.source[id(self.made[id(entry)])] = self.source[id(entry)]
+        return self.made[id(entry)]
 
     def _low_rank(self, target: _Target, module: Dense) -> Module:
         """A full delta as the dialect holds it, with the loss noted."""
@@ -357,34 +366,3 @@ def _by_kind(entries: list[Entry]) -> list[list[Entry]]:
     for entry in entries:
         groups.setdefault(isinstance(entry.module, Dense), []).append(entry)
     return [group for _, group in sorted(groups.items())]
-
-
-def unfolded(adapter: Adapter) -> Adapter:
-    """The adapter with the alphas that a former conversion took out of the file put back (powers of two bit for bit).
-
-    The header entry `loratools.alpha` holds them: site → alpha, or "*" for all; a site without an entry had none. Where they were
-    folded they come out of the factors again, each factor what it took ([alpha, the second factor's power of two]); PEFT's config
-    has one for every module. Without the entry nothing changes.
-    """
-    text = adapter.metadata.get("loratools.alpha")
-    rule = DIALECTS[adapter.dialect].alpha
-    if text is None or rule == "tensor":
-        return adapter
-    recorded = {str(site): value if isinstance(value, list) else [value, 0] for site, value in json.loads(text).items()}
-    entries = []
-    for entry in adapter.entries:
-        module = entry.module
-        if isinstance(module, Scaled | Dora):
-            alpha, took = recorded.get(str(entry.sites[0]), recorded.get("*", (None, 0)))
-            if rule != "config":
-                module = module.folded()
-            if alpha is None:
-                module = replace(module, alpha=None) if module.scale == 1.0 else module
-            elif module.rank:
-                module = module.with_alpha(alpha, -took)
-                module = replace(module, options={name: value for name, value in module.options.items() if name != "second_took"})
-            elif "always_scale" in module.options:  # PEFT divides the alpha of a LoKr of full factors, other readers ignore it
-                options = {name: value for name, value in module.options.items() if name not in ("always_scale", "rank")}
-                module = replace(module.folded(), alpha=alpha, options=options)
-        entries.append(replace(entry, module=module))
-    return adapter.replace(entries=tuple(entries))

@@ -8,7 +8,7 @@ from loratools.adapters.kinds import KINDS
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.leaves import SCHEMES
-from loratools.mapping.spelling import usual_form
+from loratools.mapping.memory import usual_form
 
 # What dialects hold, in the words of `Dialect.holds`, with what each is.
 HOLDABLE = {

@@ -1,22 +1,29 @@
-"""Which of a dialect's spellings is written, and the memory that brings a file back to the one it had.
+"""What a conversion writes into the header so that the way back gives the same keys, shapes and factors.
 
-A dialect is written in its first spelling. A file that came from a dialect in another of its spellings (lora_down/lora_up under
-`diffusion_model.`, no prefix in diffusers names) says so in the header entry `loratools.spelling`, so that the way back gives the
-same keys: dialect → component → [prefix, spelling, namespace, scheme]. `loratools.flat` does the same for factors of convolutions
-that had two dimensions: dialect → site → roles.
+    loratools.spelling   dialect → component → [prefix, spelling, namespace, scheme], where it was not the dialect's usual one
+    loratools.flat       dialect → site → roles of convolution factors that had two dimensions
+    loratools.alpha      site → alpha before it was folded, or [alpha, the power of two the second factor took]; "*": every site
+
+A dialect is written in its first spelling; a file that came in another (lora_down/lora_up under `diffusion_model.`, no prefix
+before diffusers names) gets that one back.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
 from loratools.adapters.adapter import Adapter, Form
+from loratools.adapters.kinds import Dora
+from loratools.adapters.kinds.common import Scaled
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.dialects import DIALECTS, Dialect
 
-KEY = "loratools.spelling"
+SPELLING = "loratools.spelling"
 FLAT = "loratools.flat"
+ALPHA = "loratools.alpha"
 
 
 def all_forms(dialect: Dialect, architecture: Architecture, component: Component) -> list[Form]:
@@ -48,7 +55,7 @@ def remembered_forms(adapter: Adapter, architecture: Architecture, dialect: Dial
     return {name: form for name, form in noted.items() if form in known.get(name, ())}
 
 
-def memory(adapter: Adapter, architecture: Architecture) -> str | None:
+def of_spelling(adapter: Adapter, architecture: Architecture) -> str | None:
     """The header entry for an adapter that leaves its dialect; None while every spelling was the usual one."""
     noted = _noted(adapter)
     unusual = {}
@@ -66,7 +73,7 @@ def remembered_flat(adapter: Adapter, dialect: Dialect) -> dict[str, list[str]]:
     return {} if adapter.dialect == dialect.name else _noted(adapter, FLAT).get(dialect.name, {})
 
 
-def flat_memory(adapter: Adapter, reshaped: dict[str, list[str]]) -> str | None:
+def of_shapes(adapter: Adapter, reshaped: dict[str, list[str]]) -> str | None:
     """The header entry for factors that got the dimensions of their kernel on the way out of `adapter`'s dialect."""
     noted = _noted(adapter, FLAT)
     if reshaped:
@@ -83,9 +90,49 @@ def _forms_of(adapter: Adapter) -> dict[str, Form]:
     return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
 
 
-def _noted(adapter: Adapter, key: str = KEY) -> dict[str, dict[str, list[str]]]:
+def _noted(adapter: Adapter, key: str = SPELLING) -> dict[str, dict[str, list[str]]]:
     try:
         noted = json.loads(adapter.metadata.get(key, "{}"))
     except ValueError:
         return {}
     return noted if isinstance(noted, dict) else {}
+
+
+def of_alphas(known: Mapping[str, tuple[float, int]], *, complete: int) -> str:
+    """The header entry for the alphas of an output with `complete` modules; sites without an entry had none."""
+    values = {site: [alpha, took] if took else alpha for site, (alpha, took) in known.items()}
+    first = next(iter(values.values()), None)
+    if first is not None and len(values) == complete and all(value == first for value in values.values()):
+        return json.dumps({"*": first})
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def unfolded(adapter: Adapter) -> Adapter:
+    """The adapter with the alphas that a former conversion took out of the file put back (powers of two bit for bit).
+
+    The header entry `loratools.alpha` holds them: site → alpha, or "*" for all; a site without an entry had none. Where they were
+    folded they come out of the factors again, each factor what it took ([alpha, the second factor's power of two]); PEFT's config
+    has one for every module. Without the entry nothing changes.
+    """
+    text = adapter.metadata.get(ALPHA)
+    rule = DIALECTS[adapter.dialect].alpha
+    if text is None or rule == "tensor":
+        return adapter
+    recorded = {str(site): value if isinstance(value, list) else [value, 0] for site, value in json.loads(text).items()}
+    entries = []
+    for entry in adapter.entries:
+        module = entry.module
+        if isinstance(module, Scaled | Dora):
+            alpha, took = recorded.get(str(entry.sites[0]), recorded.get("*", (None, 0)))
+            if rule != "config":
+                module = module.folded()
+            if alpha is None:
+                module = replace(module, alpha=None) if module.scale == 1.0 else module
+            elif module.rank:
+                module = module.with_alpha(alpha, -took)
+                module = replace(module, options={name: value for name, value in module.options.items() if name != "second_took"})
+            elif "always_scale" in module.options:  # PEFT divides the alpha of a LoKr of full factors, other readers ignore it
+                options = {name: value for name, value in module.options.items() if name not in ("always_scale", "rank")}
+                module = replace(module.folded(), alpha=alpha, options=options)
+        entries.append(replace(entry, module=module))
+    return adapter.replace(entries=tuple(entries))
