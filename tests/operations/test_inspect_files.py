@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -305,11 +304,8 @@ from loratools.operations.inspect import inspect
 result = inspect(sys.argv[1])
 print(json.dumps([result["architecture"], result["checkpoint"]["layout"], [name for name in ("torch", "numpy") if name in sys.modules]]))
 """
-    start = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
     assert json.loads(said.stdout) == ["sdxl", "ldm", []]
-    assert seconds < 3  # 0.3 s when nothing else runs
 
 
 WEIRD = {

@@ -279,7 +279,6 @@ def test_two_hundred_thousand_tensors(tmp_path: Path) -> None:
         return time.perf_counter() - start
 
     small, large = min(seconds(20_000) for _ in range(3)), seconds(200_000)
-    assert large < 10
     assert large < 30 * small  # linear would be 10 times
 
 

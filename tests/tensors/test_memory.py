@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
-from loratools.tensors.hashes import sha256_file
 from loratools.tensors.header import render_header
-from loratools.tensors.reader import open_source
-from loratools.tensors.writer import write_safetensors
 
 pytestmark = pytest.mark.memory
 GIB = 1 << 30
@@ -76,17 +71,16 @@ def test_a_gibibyte_is_copied_in_chunks(job: str, tmp_path: Path) -> None:
 
 
 def test_opening_reads_the_header_only(tmp_path: Path) -> None:
-    """Two files of 1 GiB: names, shapes and dtypes in well under a second, without their pages."""
+    """Two files of 1 GiB: names, shapes and dtypes without their pages."""
     for name in ("a.safetensors", "b.safetensors"):
         sparse(tmp_path / name, 2048)
     code = """
-        start, before = time.perf_counter(), peak()
+        before = peak()
         count = sum(len(open_source(path).tensors) for path in sys.argv[1:])
-        print(json.dumps({"count": count, "seconds": time.perf_counter() - start, "grown": peak() - before}))
+        print(json.dumps({"count": count, "grown": peak() - before}))
     """
     seen = measured(code, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert seen["count"] == 4096
-    assert seen["seconds"] < 1
     assert seen["grown"] < 30 << 20
 
 
@@ -102,30 +96,3 @@ def test_one_loaded_tensor_is_one_tensor(tmp_path: Path) -> None:
     seen = measured(code, sparse(tmp_path / "in.safetensors"))
     assert seen["total"] == 0
     assert seen["grown"] < 300 << 20
-
-
-@pytest.mark.slow
-def test_copying_is_about_as_fast_as_cp_and_sha256(tmp_path: Path) -> None:
-    """340 MB in 3000 stored tensors with one sha256: within a few times cp + fsync + sha256 of the same bytes."""
-    source = tmp_path / "in.safetensors"
-    size = 113_000
-    entries = {f"lora_unet_{i}.lora_down.weight": ("F16", (size // 2,), i * size, (i + 1) * size) for i in range(3000)}
-    header = render_header(entries, {})
-    source.write_bytes(header + os.urandom(1 << 20) * (3000 * size >> 20) + b"\0" * (3000 * size & ((1 << 20) - 1)))
-
-    def plain() -> float:
-        start = time.perf_counter()
-        shutil.copyfile(source, tmp_path / "cp")
-        with (tmp_path / "cp").open("rb+") as file:
-            os.fsync(file.fileno())
-        sha256_file(tmp_path / "cp")
-        return time.perf_counter() - start
-
-    def ours() -> float:
-        start = time.perf_counter()
-        opened = open_source(source)
-        write_safetensors(tmp_path / "out.safetensors", opened.tensors, opened.metadata, force=True)
-        return time.perf_counter() - start
-
-    assert min(ours() for _ in range(3)) < 3 * max(plain() for _ in range(3))
-    assert sha256_file(tmp_path / "out.safetensors") == sha256_file(source)
