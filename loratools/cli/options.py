@@ -19,7 +19,7 @@ from loratools.cli.console import Output
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is a bad input, not wrong usage
 COMMON = ("json", "quiet", "debug")
 
 # spelling people use → the dtype's name in a safetensors header

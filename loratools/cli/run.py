@@ -95,14 +95,18 @@ def run(action: Callable[[], Any], arguments: Sequence[str]) -> int:
             reconfigure(errors="backslashreplace")
     try:
         code = action()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller (>&-)
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has seen enough (`| head`); the work is done, or was never more than printing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not complain either
-        return 1
+        return 0
     except (Exception, KeyboardInterrupt) as error:
         failure = failure_of(error)
         if flag_given("debug", arguments):
             click.echo(clean("".join(traceback.format_exception(error)), keep="\n"), err=True)
-        show_error(failure, as_json=flag_given("json", arguments))
+        try:
+            show_error(failure, as_json=flag_given("json", arguments))
+        except OSError:  # stdout itself is what cannot be written
+            show_error(failure, as_json=False)
         return failure.exit_code

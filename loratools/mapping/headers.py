@@ -7,6 +7,7 @@ Source: sd-scripts (ss_*), Stability's modelspec, diffusers' lora_adapter_metada
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from loratools.adapters.adapter import Adapter
 from loratools.mapping import memory
@@ -64,14 +65,18 @@ def _lineage(adapter: Adapter, architecture: Architecture, plan: Plan, version: 
     entries = {memory.SPELLING: memory.of_spelling(adapter, architecture), memory.FLAT: memory.of_shapes(adapter, reshaped)}
     found.update({key: text for key, text in entries.items() if text is not None})
     if adapter.path is not None:
-        found[_OWN + "source"] = adapter.path.name
+        found[_OWN + "source"] = adapter.path.name.encode("utf-8", "backslashreplace").decode()  # a name may be no text
     return found
 
 
-def _alphas(plan: Plan) -> dict[str, tuple[float, int]]:
-    """site → (alpha before it was folded, the power of two the second factor took)."""
+def _alphas(plan: Plan) -> dict[str, list[Any]]:
+    """site → [alpha before it was folded, the power of two the second factor took, dtype and shape of its tensor]."""
     return {
-        str(written.sites[0]): (written.original_alpha, int(written.module.options.get("second_took", 0)))
+        str(written.sites[0]): [
+            written.original_alpha,
+            int(written.module.options.get("second_took", 0)),
+            *([written.alpha_tensor.dtype, *written.alpha_tensor.shape] if written.alpha_tensor is not None else []),
+        ]
         for written in plan.modules
         if written.original_alpha is not None
     }

@@ -2,7 +2,8 @@
 
     loratools.spelling   dialect → component → [prefix, spelling, namespace, scheme], where it was not the dialect's usual one
     loratools.flat       dialect → site → roles of convolution factors that had two dimensions
-    loratools.alpha      site → alpha before it was folded, or [alpha, the power of two the second factor took]; "*": every site
+    loratools.alpha      site → alpha before it was folded, or [alpha, the power of two the second factor took, dtype, *shape of
+                         its tensor] where these are not 0 and a float32 scalar's; "*": every site
 
 A dialect is written in its first spelling; a file that came in another (lora_down/lora_up under `diffusion_model.`, no prefix
 before diffusers names) gets that one back.
@@ -14,12 +15,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from loratools.adapters.adapter import Adapter, Form
 from loratools.adapters.kinds import Dora
 from loratools.adapters.kinds.common import Scaled
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.dialects import DIALECTS, Dialect
+from loratools.tensors.lazy import scalar_tensor
 
 SPELLING = "loratools.spelling"
 FLAT = "loratools.flat"
@@ -98,9 +101,9 @@ def _noted(adapter: Adapter, key: str = SPELLING) -> dict[str, dict[str, list[st
     return noted if isinstance(noted, dict) else {}
 
 
-def of_alphas(known: Mapping[str, tuple[float, int]], *, complete: int) -> str:
+def of_alphas(known: Mapping[str, list[Any]], *, complete: int) -> str:
     """The header entry for the alphas of an output with `complete` modules; sites without an entry had none."""
-    values = {site: [alpha, took] if took else alpha for site, (alpha, took) in known.items()}
+    values = {site: value[0] if value[1:] in ([0], [0, "F32"]) else value for site, value in known.items()}
     first = next(iter(values.values()), None)
     if first is not None and len(values) == complete and all(value == first for value in values.values()):
         return json.dumps({"*": first})
@@ -119,11 +122,12 @@ def unfolded(adapter: Adapter) -> Adapter:
     if text is None or rule == "tensor":
         return adapter
     recorded = {str(site): value if isinstance(value, list) else [value, 0] for site, value in json.loads(text).items()}
+    nothing = [None, 0]
     entries = []
     for entry in adapter.entries:
         module = entry.module
         if isinstance(module, Scaled | Dora):
-            alpha, took = recorded.get(str(entry.sites[0]), recorded.get("*", (None, 0)))
+            alpha, took, *tensor = recorded.get(str(entry.sites[0]), recorded.get("*", nothing))
             if rule != "config":
                 module = module.folded()
             if alpha is None:
@@ -131,6 +135,9 @@ def unfolded(adapter: Adapter) -> Adapter:
             elif module.rank:
                 module = module.with_alpha(alpha, -took)
                 module = replace(module, options={name: value for name, value in module.options.items() if name != "second_took"})
+                if tensor:
+                    stored = scalar_tensor(alpha, tensor[0], tuple(tensor[1:]))
+                    module = module.with_factors({**module.factors, "alpha": stored})
             elif "always_scale" in module.options:  # PEFT divides the alpha of a LoKr of full factors, other readers ignore it
                 options = {name: value for name, value in module.options.items() if name not in ("always_scale", "rank")}
                 module = replace(module.folded(), alpha=alpha, options=options)

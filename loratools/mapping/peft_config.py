@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapters.adapter import Module
-from loratools.adapters.kinds import Dense
+from loratools.adapters.kinds import Dense, InputOft
 from loratools.errors import UnsupportedError
 from loratools.mapping import peft_lycoris
 
@@ -38,6 +38,13 @@ RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "eva_residual", "lora_ga")
 # CLIPTextModel lost this part of its module names in transformers 5; CLIPTextModelWithProjection has kept it. Both are matched.
 _CLIP = "text_model."
 
+# A group with a repetition or an alternative in it that is itself repeated, as in (a+)+ or (a|a)*: exponential time on some names.
+_CLASS = re.compile(r"\\.|\[\^?\]?[^\]]*\]")
+_NESTED = re.compile(r"\((?=[^()]*(?:[+*{|]|\([^()]*[+*{|][^()]*\))).*\)\s*[+*{]|[+*}][+*]")
+
+# Fields of the others that a type of adapter does not have.
+_FOREIGN_TO = {"OFT": ("alpha", "rank_pattern", "alpha_pattern"), "IA3": ("r", "alpha", "rank_pattern", "alpha_pattern")}
+
 _KEPT = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "revision")  # what a rewrite does not change
 
 _TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft-in": "OFT", "ia3": "IA3"}
@@ -54,11 +61,17 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str) -> Any:
 def sound(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(the config without values of rank and alpha that cannot be, a message for each of them)."""
     kept, problems = dict(config), []
-    fields = {"r": ("a whole number above 0", _is_rank), "lora_alpha": ("a number", _is_number), "alpha": ("a number", _is_number)}
+    rotation = config.get("peft_type") in ("OFT", "BOFT", "HRA")  # r = 0: the blocks are given by their size
+    whole = ("a whole number", _is_number) if rotation else ("a whole number above 0", _is_rank)
+    fields = {"r": whole, "lora_alpha": ("a number", _is_number), "alpha": ("a number", _is_number)}
     for field, (expected, fits) in fields.items():
         value = config.get(field)
         if value is not None and not fits(value):
             problems.append(f"{field} is {value!r}, expected {expected}")
+            del kept[field]
+    for field in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if not isinstance(config.get(field, False), bool | None):
+            problems.append(f"{field} is {config[field]!r}, expected true or false")
             del kept[field]
     for field, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(field) or {}
@@ -73,7 +86,7 @@ def sound(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and not math.isnan(value)
 
 
 def _is_rank(value: Any) -> bool:
@@ -81,11 +94,12 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_pattern(text: str) -> bool:
+    """A regular expression that cannot take forever: nothing unbounded is repeated without bound."""
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError):
         return False
-    return True
+    return len(text) < 1000 and not _NESTED.search(_CLASS.sub("x", text))
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:
@@ -127,6 +141,9 @@ def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         for field, what in UNSUPPORTED.items()
         if config.get(field)
     ]
+    kind = config.get("peft_type")
+    if kind is not None and kind not in _TYPES.values():
+        found.append(("error", f"peft_type {kind!r} is not supported; {', '.join(dict.fromkeys(_TYPES.values()))} are"))
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
         found.append(("warning", f"init_lora_weights = {init!r} changed the base model: on the original base this adapter is wrong"))
@@ -162,8 +179,14 @@ def render(modules: Mapping[str, Module], site_names: Iterable[str], *, kind: st
     if kind == "loha":
         config.update(peft_lycoris.loha_fields(modules))
     if _TYPES[kind] == "OFT":
-        options = next(iter(modules.values())).options
-        config.update({"oft_block_size": 0, **options})
+        sizes = {module.block_size for module in modules.values() if isinstance(module, InputOft)}
+        if len(sizes) > 1:
+            raise UnsupportedError(f"PEFT has one oft_block_size for all modules, not {', '.join(map(str, sorted(sizes)))}")
+        config.update({**next(iter(modules.values())).options, "r": 0, "oft_block_size": sizes.pop()})
+    if _TYPES[kind] == "IA3":
+        config["feedforward_modules"] = sorted(name for name, module in modules.items() if module.options.get("feedforward"))
+    for field in _FOREIGN_TO.get(_TYPES[kind], ()):
+        del config[field]
     config.update({"inference_mode": True, "base_model_name_or_path": None, "task_type": None})
     return config
 

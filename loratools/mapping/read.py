@@ -64,9 +64,25 @@ def analyse(source: TensorSource, *, arch: str | None = None, alpha: float | Non
     findings = list(source.warnings)
     best = detection.best
     if best is None:
+        findings += _unnamed_findings(source, detection)
         return Reading(source, detection, None, findings)
+    if detection.ambiguous:
+        names = " and ".join(candidate.architecture.name for candidate in detection.candidates)
+        findings.append(Finding("warning", "ambiguous", None, f"the keys fit {names} equally well: --arch settles it"))
     reader = _Reader(source, detection, best, alpha, findings)
     return Reading(source, detection, reader.adapter(), findings)
+
+
+def _unnamed_findings(source: TensorSource, detection: Detection) -> list[Finding]:
+    """What is wrong with an adapter whose modules no table names; nothing for what is no adapter."""
+    found = [Finding(severity, "adapter-config", None, message) for severity, message in peft_config.complaints(source.config or {})]
+    if adapter_keys(detection):
+        found.append(
+            Finding("error", "unknown-architecture", None, "no architecture knows these module names; --base supplies names for convert")
+        )
+    for name, modules in detection.modules.items():
+        found += [Finding(severity, code, name, f"{name}: {text}") for module in modules for severity, code, text in module.problems()]
+    return found
 
 
 def read(
@@ -106,6 +122,9 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
     if detection.positional:
         notes = DIALECTS["cloneofsimo"].notes
         raise UnsupportedError(f"{path.name}: cloneofsimo keys, {notes}", fix="convert it with the trainer that made it")
+    foreign = [finding.message for finding in reading.errors if finding.code == "adapter-config"]
+    if reading.adapter is None and foreign:
+        raise UnsupportedError(f"{path.name}: {foreign[0]}", details=foreign[1:])
     if not is_adapter(reading.source, detection):
         some = adapter_keys(detection)
         what = f"{len(some)} adapter keys among {len(reading.source.tensors)} tensors: a checkpoint" if some else "no adapter keys"
@@ -137,7 +156,8 @@ def _fix(errors: list[Finding]) -> str | None:
     codes = {finding.code for finding in errors}
     if codes == {"unknown-key"}:
         return "--drop-unknown leaves these tensors out (and lists them), --keep-unknown carries them along as they are"
-    return "--alpha A settles an alpha of 0" if "bad-alpha" in codes else None
+    zero = any(finding.code == "bad-alpha" and "alpha is 0" in finding.message for finding in errors)
+    return "--alpha A settles an alpha of 0" if zero else None
 
 
 def _sample(keys: list[str], count: int = 8) -> list[str]:

@@ -186,7 +186,7 @@ class _Index:
 
 def numbers_in(name: str) -> list[int]:
     """The digit runs of a name as numbers, left to right."""
-    return [int(digits) for digits in _DIGITS.findall(name)]
+    return [int(digits[:9]) if len(digits) < 10 else -1 for digits in _DIGITS.findall(name)]  # no model has a billion blocks
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from loratools.mapping.rules import DIFF, Match, flat
 from loratools.report import Report
 from loratools.tensors.lazy import LazyTensor
 
+# What folding a scale into 16-bit factors may cost without being asked for: a few times bfloat16's rounding (2^-9).
+_UNASKED = 0.01
+
 # How a dialect spells a replaced weight; ComfyUI's own word elsewhere.
 _SET_WEIGHT = {"bfl-control": "scale", "diffusers": "weight", "peft": "weight"}
 
@@ -42,6 +45,7 @@ class Written:
     keys: dict[str, str]  # role → key
     sources: tuple[Entry, ...]
     original_alpha: float | None = None  # before it was folded
+    alpha_tensor: LazyTensor | None = None  # that held it
     reshaped: tuple[str, ...] = ()  # roles that had two dimensions in the file and have a kernel here
 
 
@@ -79,12 +83,14 @@ def plan(
     keep_alpha: bool = False,
     dtype: str | None = None,
     base: BaseWeights | None = None,
+    lossy: bool = False,
 ) -> Plan:
     """What `adapter` is in another dialect.
 
     plain: turn LoHa, LoKr and tucker into LoRA; keep_alpha: leave the scale to the header where the dialect has one;
     dtype: safetensors name of the dtype factors are rounded to (alpha is never rounded); base: weights for which modules that
-    multiply the base weight are turned into full deltas (or low-rank approximations), where the dialect cannot hold them.
+    multiply the base weight are turned into full deltas (or low-rank approximations), where the dialect cannot hold them;
+    lossy: let a folded scale cost more than a few roundings.
     Raises UnsupportedError listing every site the dialect has no name for, cannot hold, or cannot be converted to exactly.
     """
     dialect = DIALECTS[dialect_name]
@@ -94,7 +100,7 @@ def plan(
         others = [other.name for other in DIALECTS.values() if other.writable and other.serves(architecture)]
         fix = f"dialects that have one: {', '.join(others)}"
         raise UnsupportedError(f"{dialect.name} has no spelling for {architecture.title}", fix=fix)
-    writer = _Writer(adapter, architecture, dialect, plain=plain, keep_alpha=keep_alpha, dtype=dtype, base=base)
+    writer = _Writer(adapter, architecture, dialect, plain=plain, keep_alpha=keep_alpha, dtype=dtype, base=base, lossy=lossy)
     return writer.plan()
 
 
@@ -109,8 +115,9 @@ class _Writer:
         keep_alpha: bool,
         dtype: str | None,
         base: BaseWeights | None,
+        lossy: bool,
     ) -> None:
-        self.base = base
+        self.base, self.lossy = base, lossy
         self.adapter = unfolded(adapter) if dialect.alpha in ("tensor", "config") else adapter
         self.source = {id(mine): theirs for mine, theirs in zip(self.adapter.entries, adapter.entries, strict=True)}
         self.architecture, self.dialect = architecture, dialect
@@ -136,7 +143,7 @@ class _Writer:
                     modules.append(written)
         if self.refusals:
             raise UnsupportedError(
-                f"{len(self.refusals)} modules cannot be written as {self.dialect.name}",
+                f"{len(self.refusals)} module{'s' * (len(self.refusals) > 1)} cannot be written as {self.dialect.name}",
                 details=self.refusals,
                 fix=self._fix(),
             )
@@ -145,6 +152,8 @@ class _Writer:
         return Plan(self.dialect, tensors, modules, self.report, configs)
 
     def _fix(self) -> str | None:
+        if any("does not fit into" in refusal for refusal in self.refusals):
+            return "--dtype fp32 makes room for it, --allow-lossy takes the loss"
         kinds = {entry.module.kind for entry in self.adapter.entries}
         if kinds & {"loha", "lokr"} and not self.plain:
             return "--kind lora turns LoHa, LoKr and tucker modules into plain LoRA first"
@@ -210,7 +219,7 @@ class _Writer:
                 module = fit_shape_of(module, target.match.row)
                 reshaped = tuple(role for role in module.factors if module.factors[role].shape != stored.factors[role].shape)
                 module = flattened(module, self.flat.get(str(target.sites[0]), ()))
-            original = module.alpha
+            original, tensor = module.alpha, module.factors.get("alpha")
             wide = fit_dtype(module, "F32") if self.dtype else module  # the scale is folded in float32, then rounded once
             module = fit_alpha(wide, self.dialect, keep_alpha=self.keep_alpha)
             narrowed = self.dtype is not None and narrows(wide, self.dtype)
@@ -219,14 +228,18 @@ class _Writer:
             self.refusals.append(f"{where}: {refused}")
             return None
         if module.rounded or narrowed:
-            self._note_error(target, entries, module)
+            error = self._note_error(target, entries, module)
+            if error > _UNASKED and self.dtype is None and not self.lossy:
+                room = f"does not fit into {_dtypes(module)} factors, ΔW would be off by {error:.2g}"
+                self.refusals.append(f"{where}: its scale {original} / {module.rank} {room}")
+                return None
         name = self._spelled(target)
         prefix = self._folder(target.component) + target.form.prefix
         keys = {role: prefix + name + "." + self._leaf(role, module, target) for role in self._roles(module)}
         for entry in entries:
             self.report.mapped.update(entry.keys.values())
         sites = tuple(site for site in target.sites if site in self.at)
-        return Written(sites, target.match.name, module, keys, tuple(entries), original, reshaped)
+        return Written(sites, target.match.name, module, keys, tuple(entries), original, tensor, reshaped)
 
     def _fitted(self, target: _Target, entries: list[Entry]) -> Module | None:
         """The target's module as a kind the dialect holds; baked on the base, if there is one, where that is refused."""
@@ -310,8 +323,8 @@ class _Writer:
             self.unsplit[id(entry)] = dict(entry.parts())
         return self.unsplit[id(entry)]
 
-    def _note_error(self, target: _Target, entries: list[Entry], module: Module) -> None:
-        """The relative error of ΔW at each site that rounding made, measured against the file's own modules."""
+    def _note_error(self, target: _Target, entries: list[Entry], module: Module) -> float:
+        """The relative error of ΔW at each site that rounding made, measured against the file's own modules; the largest of them."""
         module = module.swap_halves() if target.match.row.swapped else module
         before = {site: part for entry in entries for site, part in self._parts(self.source[id(entry)]).items()}
         heights = [self._height(target, position, 1, before.get(site)) for position, site in enumerate(target.sites)]
@@ -319,6 +332,7 @@ class _Writer:
         for site, piece in zip(target.sites, pieces, strict=True):
             if site in before and piece is not None:
                 self.report.approximated[str(site)] = relative_change(before[site], piece)
+        return max((self.report.approximated.get(str(site), 0.0) for site in target.sites), default=0.0)
 
     # ---------------------------------------------------------------------------------------------------------- spelling
 
@@ -358,6 +372,10 @@ class _Writer:
             config = peft_config.config_for(named, known, peft_config.part_of(self.adapter.config, component.folder), self.dialect.name)
             configs[component.folder] = config
         return configs
+
+
+def _dtypes(module: Module) -> str:
+    return "/".join(sorted({tensor.dtype for role, tensor in module.factors.items() if role != "alpha"}))
 
 
 def _by_kind(entries: list[Entry]) -> list[list[Entry]]:

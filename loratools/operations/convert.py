@@ -22,7 +22,7 @@ from loratools.report import Report
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import DTYPES, LazyTensor
 from loratools.tensors.reader import open_source
-from loratools.tensors.writer import check_output, copy_file, output_folder
+from loratools.tensors.writer import check_output, copy_file, kept_aside, output_folder
 
 ERROR_FLOOR = 1e-6  # a site whose ΔW moved by more than this is listed as approximated
 _DTYPES = {"fp32": "F32", "float32": "F32", "fp16": "F16", "float16": "F16", "bf16": "BF16", "bfloat16": "BF16"}
@@ -61,6 +61,8 @@ def convert(
     out = Path(output) if output is not None else _default_output(path, target)
     if DIALECTS[target].folder and out.suffix in (".safetensors", ".pt", ".bin"):
         raise UsageError(f"{out}: {target} is a folder, this is the name of a file", fix=f"{out.with_suffix('.' + target)}")
+    if alpha is not None and not 1e-30 < abs(alpha) < 1e30:
+        raise UsageError(f"--alpha {alpha:g}: expected a number between 1e-30 and 1e30")
     problems: list[LoraToolsError] = []
     try:
         check_output(out, [path], force)
@@ -75,7 +77,8 @@ def convert(
         weights = BaseWeights(Path(base), architecture) if base and allow_lossy else None
         made = None
         if not untouched:
-            made = plan(adapter, architecture, target, plain=kind == "lora", keep_alpha=keep_alpha, dtype=wanted, base=weights)
+            plain = kind == "lora"
+            made = plan(adapter, architecture, target, plain=plain, keep_alpha=keep_alpha, dtype=wanted, base=weights, lossy=allow_lossy)
         report = made.report if made else Report()
         _residue(adapter, target, unknown, report)
     except LoraToolsError as error:
@@ -88,6 +91,9 @@ def convert(
         report.mapped.update(key for key in opened.tensors if key not in report.kept)
     else:
         tensors = {**made.tensors, **{key: adapter.residue[key] for key in report.kept}}
+    kept = kept_aside(out) if DIALECTS[target].folder else None
+    if kept is not None:
+        report.warn("kept-aside", f"{out} holds other files than an adapter's: the old folder is kept as {kept.name}")
     if not dry_run:
         report.check_complete(opened.tensors)
         _write(reading, adapter, architecture, made, tensors, out, force)

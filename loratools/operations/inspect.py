@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Entry, Module, NotExact
+from loratools.adapters.kinds.common import Scaled
 from loratools.errors import MalformedError
 from loratools.mapping.checkpoints import identify
 from loratools.mapping.detect import Detection
@@ -149,6 +150,11 @@ def site_name(entry: Entry) -> str:
     return "|".join([first, *(name.removeprefix(parent) for name in rest)])
 
 
+def _divides(module: Module) -> bool:
+    """Is alpha divided by something here? By the rank, or by what PEFT's config says of a LoKr of two full factors."""
+    return bool(module.divisor if isinstance(module, Scaled) else module.rank)
+
+
 def _adapter_facts(reading: Reading) -> dict[str, Any]:
     entries = _entries(reading)
     kinds, components, ranks, alphas = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
@@ -160,9 +166,9 @@ def _adapter_facts(reading: Reading) -> dict[str, Any]:
         components[component or "unknown"] += 1
         if module.rank:
             ranks[str(module.rank)] += 1
-        if module.alpha is not None and module.rank:
+        if module.alpha is not None and _divides(module):
             alphas[f"{module.alpha:g}"] += 1
-        if module.rank:
+        if _divides(module):
             sources[module.alpha_source if module.alpha is not None else "assumed"] += 1
         dtypes.update(tensor.dtype for tensor in tensors)
         parameters += sum(tensor.numel for role, tensor in module.factors.items() if role not in ("alpha", "on_input"))

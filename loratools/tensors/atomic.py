@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -73,6 +74,8 @@ def output_problems(out: Path | str, inputs: Iterable[Path | str] = (), *, force
         problems.append(OutputExistsError(f"{out}: already there", fix="--force overwrites it"))
     elif os.path.lexists(target) and not (target.is_file() or target.is_dir()):
         problems.append(OutputExistsError(f"{out}: neither a file nor a folder, not overwritten"))
+    elif target.is_dir() and Path.cwd().is_relative_to(os.path.realpath(target)):
+        problems.append(OutputExistsError(f"{out}: is the working directory or holds it", fix="choose another name"))
     folder = target.parent
     if not folder.is_dir():
         problems.append(WriteError(f"{out}: the folder {folder} does not exist", fix=f"mkdir -p {folder}"))
@@ -81,6 +84,22 @@ def output_problems(out: Path | str, inputs: Iterable[Path | str] = (), *, force
     elif nbytes and (problem := _space_problem(out, folder, nbytes)):
         problems.append(problem)
     return problems
+
+
+# What a folder of PEFT adapters holds. A folder with anything else in it is kept under another name when it is replaced.
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def kept_aside(folder: Path | str) -> Path | None:
+    """Where an existing folder will go when it is replaced: None if it holds nothing but adapters and will be removed."""
+    folder = resolve_output(Path(folder))
+    if not folder.is_dir():
+        return None
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    if all(file.name in _ADAPTER_FILES and len(file.relative_to(folder).parts) <= 2 for file in files):
+        return None
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for number in numbers if not os.path.lexists(path := folder.with_name(f"{folder.name}.replaced{number}")))
 
 
 def check_output(out: Path | str, inputs: Iterable[Path | str] = (), force: bool = False, nbytes: int = 0) -> None:
@@ -274,13 +293,13 @@ def commit_together(files: list[AtomicFile], remove: Iterable[Path] = ()) -> Non
 def output_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     """An empty folder to fill; when the block ends without an exception it gets its name, else it is removed.
 
-    With `force` an old folder (or file) is moved aside and removed only when the new one is in place. Raises
-    OutputExistsError, WriteError.
+    With `force` an old folder (or file) is moved aside and removed only when the new one is in place; one that holds other
+    things than adapters stays, as `kept_aside` says. Raises OutputExistsError, WriteError.
     """
     path = Path(path)
     target = resolve_output(path)
     check_output(path, (), force)
-    temporary, aside = partial_name(target), partial_name(target, _REPLACED)
+    temporary, aside, kept = partial_name(target), partial_name(target, _REPLACED), kept_aside(target)
     with write_errors(path):
         remove_leftovers(target)
         os.mkdir(temporary, 0o777)
@@ -288,6 +307,8 @@ def output_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         _move_in(path, temporary, target, aside, force)
+        if kept is not None:
+            os.rename(aside, kept)
     finally:
         remove_tree(temporary)
         if os.path.lexists(target):

@@ -106,7 +106,8 @@ def _choose_unnamed(folder: Path, names: set[str]) -> str | None:
     if shards and len(shards) == len(found):
         raise MalformedError(f"{folder}: shards without their index ({shards[0]} …): *.index.json is missing", details=shards)
     if len(found) > 1:
-        raise AmbiguousError(f"{folder}: holds {len(found)} weights files", details=found, fix="give the path of the one you mean")
+        fix = f"give the path of the one you mean, or '{folder}/*.safetensors' for all of them"
+        raise AmbiguousError(f"{folder}: holds {len(found)} weights files", details=found, fix=fix)
     return found[0] if found else None
 
 

@@ -204,7 +204,9 @@ class ComputedTensor(LazyTensor):
 
 
 def scalar_tensor(value: float, dtype: str = "F32", shape: tuple[int, ...] = ()) -> LazyTensor:
-    """A new one-element tensor, made without torch."""
+    """A new one-element tensor, made without torch. A BF16 value must be one: its low bits are cut."""
+    if dtype == "BF16":
+        return BytesTensor(struct.pack("<f", value)[2:], dtype, shape)
     return BytesTensor(struct.pack("<" + _STRUCT[dtype], value if dtype.startswith("F") else int(value)), dtype, shape)
 
 

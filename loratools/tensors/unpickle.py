@@ -156,7 +156,7 @@ def run(stream: Stream, where: str) -> tuple[Any, dict[str, StorageRef]]:
             handler(machine, arg)
         return machine.stack[-1], machine.storages
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MalformedError(f"{where}: not a pickle of tensors: {printable(str(error))[:200]}") from error
+        raise MalformedError(f"{where}: not a pickle of tensors, or a damaged one") from error
     except MemoryError:
         raise MalformedError(f"{where}: the pickle asks for more memory than there is") from None
 

@@ -291,8 +291,23 @@ def test_existing_outputs_need_force(good: Path, run: Any, tmp_path: Path) -> No
     assert run("convert", good, out, "--to", "comfy", "--force").exit_code == 0
     assert run("convert", good, folder, "--to", "peft", "--force").exit_code == 0
     assert sorted(item.name for item in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [item.name for item in (tmp_path / "folder.replaced").iterdir()] == ["keep.txt"]  # what is no adapter's is not removed
+    assert run("convert", good, folder, "--to", "peft", "--force").exit_code == 0
+    assert not (tmp_path / "folder.replaced-2").exists()
     for converted in (out, folder):
         assert run("compare", good, converted).exit_code == 0
+
+
+def test_the_working_directory_is_never_replaced(good: Path, run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    inside = tmp_path / "work" / "deep"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    for out in (".", "..", str(tmp_path / "work")):
+        before = tree(tmp_path)
+        result = run("convert", good, out, "--to", "peft", "--force")
+        assert result.exit_code == 2, out
+        assert "working directory" in result.stderr
+        assert tree(tmp_path) == before
 
 
 def test_a_failed_folder_leaves_the_old_one(good: Path, run: Any, tmp_path: Path, monkeypatch: Any) -> None:

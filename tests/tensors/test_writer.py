@@ -325,7 +325,7 @@ def _old_output(folder: Path, job: str) -> None:
     folder.mkdir()
     if job == "folder":
         (folder / "out").mkdir()
-        (folder / "out" / "old.json").write_text("old")
+        (folder / "out" / "adapter_model.bin").write_text("old")
     elif job == "shards":
         for name in ("out-00001-of-00002.safetensors", "out-00002-of-00002.safetensors", "out.safetensors.index.json"):
             (folder / name).write_text("old " + name)
@@ -412,7 +412,7 @@ def test_temporary_of_a_living_process_stays(tmp_path: Path) -> None:
 def test_folder_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     aside = tmp_path / ".out.999999999.loratools-replaced"
     aside.mkdir()
-    (aside / "old.json").write_text("old")
+    (aside / "adapter_model.bin").write_text("old")
 
     def fail() -> None:
         with output_folder(tmp_path / "out", force=True):
@@ -420,7 +420,7 @@ def test_folder_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
 
     with pytest.raises(WriteError):
         fail()
-    assert snapshot(tmp_path) == {"out/old.json": b"old"}
+    assert snapshot(tmp_path) == {"out/adapter_model.bin": b"old"}
 
 
 def test_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +524,7 @@ def test_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError), output_folder(tmp_path / "x" / "out"):
         pytest.fail("the block must not be entered")
     with output_folder(tmp_path / "x" / "out", force=True) as inside:
-        assert (tmp_path / "x" / "out" / "old.json").exists()  # the old one is there until the new one is complete
+        assert (tmp_path / "x" / "out" / "adapter_model.bin").exists()  # the old one is there until the new one is complete
         (inside / "sub").mkdir()
         write_text_file(inside / "sub" / "new.json", "ä\n")
     assert snapshot(tmp_path / "x") == {"out/sub/new.json": "ä\n".encode()}
