@@ -64,6 +64,16 @@ class UnsafeError(MalformedError):
     code = "unsafe"
 
 
+class NotFiniteError(InputError):
+    """A tensor on its way out holds NaN or Inf; `tensor` is its name there."""
+
+    code = "not-finite"
+
+    def __init__(self, tensor: str, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
+        self.tensor = tensor
+
+
 class UnknownError(InputError):
     """Keys, or a whole file, that no table knows."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry
-from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UnsupportedError, UsageError
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.bases import BaseWeights, architecture_of_base
 from loratools.mapping.dialects import DIALECTS
@@ -22,6 +22,7 @@ from loratools.report import Report
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import DTYPES, LazyTensor
 from loratools.tensors.reader import open_source
+from loratools.tensors.source import TensorSource
 from loratools.tensors.writer import check_output, copy_file, kept_aside, output_folder
 
 ERROR_FLOOR = 1e-6  # a site whose ΔW moved by more than this is listed as approximated
@@ -206,7 +207,18 @@ def _write(
         else:
             copy_file(source.files[0], out, force=force)
         return
-    write_adapter(adapter, architecture, made, tensors, out, force=force)
+    try:
+        write_adapter(adapter, architecture, made, tensors, out, force=force)
+    except NotFiniteError as error:
+        raise _cause(source, error) from error
+
+
+def _cause(source: TensorSource, error: NotFiniteError) -> InputError:
+    """The input tensor that held NaN or Inf, or else the output dtype that cannot hold a value."""
+    culprit = next((key for key, tensor in source.tensors.items() if first_not_finite(tensor)), None)
+    if culprit is not None:
+        return InputError(f"{source.path.name}: {culprit} holds NaN or Inf", fix="loratools inspect --check names every such tensor")
+    return InputError(f"{source.path.name}: a value overflows the dtype of {error.tensor}", fix="--dtype bf16 or fp32 has the range")
 
 
 def _result(

@@ -22,8 +22,6 @@ from loratools.tensors.reader import open_source
 from loratools.tensors.writer import check_output, output_folder, write_safetensors, write_text_file
 from loratools.version import VERSION
 
-_NOT_FINITE = "in the input, or a value overflows the output dtype"
-
 
 @dataclass(frozen=True)
 class LoadedAdapter(Adapter):
@@ -68,7 +66,7 @@ def write_adapter(
     adapter: Adapter, architecture: Architecture, made: Plan, tensors: Mapping[str, LazyTensor], out: Path, *, force: bool = False
 ) -> None:
     """Write a plan's tensors (and residue after them) with the metadata that describes them. Raises InputError on NaN or Inf."""
-    finite = {key: FiniteTensor(key, tensor, _NOT_FINITE) for key, tensor in tensors.items()}
+    finite = {key: FiniteTensor(key, tensor) for key, tensor in tensors.items()}
     place = {key: position for position, key in enumerate(adapter.order)}
     if place.keys() >= finite.keys():  # the file's own keys: in the file's own order
         finite = dict(sorted(finite.items(), key=lambda item: place[item[0]]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loratools.errors import InputError
+from loratools.errors import NotFiniteError
 from loratools.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def _not_finite(chunk: bytes, dtype: str) -> bool:
 
 
 class FiniteTensor(LazyTensor):
-    """A tensor that raises InputError, naming itself, when a NaN or Inf passes."""
+    """A tensor that raises NotFiniteError, naming itself, when a NaN or Inf passes."""
 
-    def __init__(self, name: str, base: LazyTensor, why: str) -> None:
-        self.name, self.base, self.why, self.dtype, self.shape = name, base, why, base.dtype, base.shape
+    def __init__(self, name: str, base: LazyTensor) -> None:
+        self.name, self.base, self.dtype, self.shape = name, base, base.dtype, base.shape
 
     def load(self) -> torch.Tensor:
         return self.base.load()
@@ -53,5 +53,6 @@ class FiniteTensor(LazyTensor):
     def chunks(self) -> Iterator[bytes]:
         for chunk in self.base.chunks():
             if _not_finite(chunk, self.dtype):
-                raise InputError(f"{self.name}: NaN or Inf {self.why}", fix="loratools inspect --check names every such tensor")
+                message = f"{self.name}: NaN or Inf in the input, or a value overflows {self.dtype}"
+                raise NotFiniteError(self.name, message, fix="loratools inspect --check names every such tensor of the input")
             yield chunk
