@@ -290,13 +290,17 @@ def _weigh(candidate: Candidate) -> None:
         if widths and all(component.widths[symbol] == value for symbol, value in widths.items()):
             candidate.encoder_agreement += 1
             candidate.evidence.append(f"{component.name} has the widths of {architecture.name}'s")
+        depths = {slot: numbers for slot, numbers in _indices(candidate, component.name).items() if slot in component.widths}
+        if any(len(numbers) > FEW and numbers == set(range(component.widths[slot])) for slot, numbers in depths.items()):
+            candidate.encoder_agreement += 1
+            candidate.evidence.append(f"{component.name} has the depth of {architecture.name}'s")
     seen: dict[str, set[int]] = defaultdict(set)
     ranges: dict[str, int] = {}
-    for assignment in candidate.assigned.values():
-        if assignment.hit.slot.component.name.startswith("denoiser"):
-            ranges.update(assignment.hit.slot.component.table.ranges)
-            for slot, number in assignment.match.index.items():
-                seen[slot].add(number)
+    for component in architecture.components:
+        if component.name.startswith("denoiser"):
+            ranges.update(component.table.ranges)
+            for slot, numbers in _indices(candidate, component.name).items():
+                seen[slot] |= numbers
     if candidate.variant:
         ranges.update({slot: count for slot, count in architecture.variants[candidate.variant].items() if slot in ranges})
     for slot, numbers in seen.items():
@@ -305,6 +309,16 @@ def _weigh(candidate: Candidate) -> None:
             candidate.evidence.append(f"all {len(numbers)} blocks of index {slot} are there")
         elif max(numbers) >= ranges.get(slot, 0):
             candidate.evidence.append(f"block {max(numbers)} is beyond the {ranges.get(slot, 0)} of {architecture.name}")
+
+
+def _indices(candidate: Candidate, component: str) -> dict[str, set[int]]:
+    """slot → block indices one component's modules have."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for assignment in candidate.assigned.values():
+        if assignment.hit.slot.component.name == component:
+            for slot, number in assignment.match.index.items():
+                found[slot].add(number)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ deciding

@@ -269,3 +269,14 @@ def test_debris_after_the_module() -> None:
     shapes: Shapes = {f"{key}.lora_A.default.weight": (4, 64), f"{key}.lora_B.default.weight": (64, 4)}
     found = look(shapes)
     assert (found.dialect, names(found), found.unknown_keys) == ("peft", {"llm"}, [])
+
+
+# -------------------------------------------------------------------------------------------------------- how deep an encoder is
+
+
+@pytest.mark.parametrize(("layers", "verdict"), [(12, {"sd1"}), (23, {"sd2"}), (9, {"sd1", "sd2"}), (14, {"sd1", "sd2"})])
+def test_the_depth_of_the_encoder_tells_where_widths_cannot(layers: int, verdict: set[str]) -> None:
+    """Toy widths, attention only: a whole CLIP-L (12 layers) or OpenCLIP-H (23) settles what the UNet leaves open, a part does not."""
+    unet = flat(f"down_blocks.0.{_T0}.attn2.to_q", 32, 32)
+    found = look(unet, *(te("lora_te_", layer, 24) for layer in range(layers)))
+    assert {candidate.architecture.name for candidate in found.candidates} == verdict
