@@ -156,7 +156,8 @@ def run(stream: Stream, where: str) -> tuple[Any, dict[str, StorageRef]]:
             handler(machine, arg)
         return machine.stack[-1], machine.storages
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MalformedError(f"{where}: not a pickle of tensors, or a damaged one") from error
+        why = printable(str(error))[:200] if isinstance(error, ValueError | OverflowError) else "an operation lacks what it works on"
+        raise MalformedError(f"{where}: not a pickle of tensors, or a damaged one: {why}") from error
     except MemoryError:
         raise MalformedError(f"{where}: the pickle asks for more memory than there is") from None
 
