@@ -112,6 +112,14 @@ def scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
     return ComputedTensor(tensor.dtype, tensor.shape, lambda: (working(tensor) * factor).to(torch_dtype(tensor.dtype)))
 
 
+def added(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """The sum of tensors of one shape, computed in float64 and rounded once to the widest of their dtypes; one alone is itself."""
+    if len(tensors) == 1:
+        return tensors[0]
+    dtype = widest(tensors)
+    return ComputedTensor(dtype, tensors[0].shape, lambda: sum(exact(tensor) for tensor in tensors).to(torch_dtype(dtype)))  # type: ignore[union-attr]
+
+
 def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
     """The values rounded once to another dtype."""
     if tensor.dtype == dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratools.adapters.adapter import Module
+from loratools.adapters.adapter import Module, NotExact
 from loratools.adapters.kinds import Dense, Lora
 from loratools.tensors.lazy import ComputedTensor, LazyTensor
 
@@ -20,7 +20,14 @@ RANK = 64  # of a low-rank approximation of a kind that has no rank of its own
 
 
 def baked(module: Module, weight: LazyTensor) -> Dense:
-    """The module as a full delta on this weight, in float32. Raises NotExact where the shapes do not fit."""
+    """The module as a full delta on this weight, in float32.
+
+    Raises NotExact where the module also changes the bias: a base's bias is not read, and nothing is dropped in silence.
+    """
+    if set(module.factors) & {"bias", "set_bias"} or (
+        module.kind == "ia3" and "ia3_l" in module.factors and not module.options.get("feedforward")
+    ):
+        raise NotExact("it changes the bias too, which is not turned into a delta")
 
     def change() -> torch.Tensor:
         import torch

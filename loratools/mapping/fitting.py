@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratools.adapters.adapter import Module, NotExact, quotient
-from loratools.adapters.factors import cast, exact, holds, is_float, scaled
+from loratools.adapters.factors import added, cast, exact, holds, is_float, scaled
 from loratools.adapters.kinds import Dense, Dora, Loha, Lokr, Lora
 from loratools.adapters.kinds.common import Scaled
 from loratools.mapping.dialects import Dialect
@@ -57,7 +57,8 @@ def fit_kind(module: Module, dialect: Dialect, row: Row, *, plain: bool) -> Modu
         module = module.to_lora()
     if isinstance(module, Lora) and "bias" in module.factors and "lora-bias" not in dialect.holds and "dense" in dialect.holds:
         factors = {role: tensor for role, tensor in module.factors.items() if role != "bias"}
-        module = module.with_factors({**factors, "diff_b": scaled(module.factors["bias"], module.scale)})
+        parts = [scaled(module.factors["bias"], module.scale), *([factors["diff_b"]] if "diff_b" in factors else [])]
+        module = module.with_factors({**factors, "diff_b": added(parts)})
     if isinstance(module, Dora):
         module = _magnitude(module, dialect)
     module = _norm_roles(module, dialect, row)
