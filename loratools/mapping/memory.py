@@ -20,6 +20,7 @@ from typing import Any
 from loratools.adapters.adapter import Adapter, Form
 from loratools.adapters.kinds import Dora
 from loratools.adapters.kinds.common import Scaled
+from loratools.errors import InputError
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.tensors.lazy import scalar_tensor
@@ -27,6 +28,7 @@ from loratools.tensors.lazy import scalar_tensor
 SPELLING = "loratools.spelling"
 FLAT = "loratools.flat"
 ALPHA = "loratools.alpha"
+_ALPHA_DTYPES = ("F32", "F64", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")
 
 
 def all_forms(dialect: Dialect, architecture: Architecture, component: Component) -> list[Form]:
@@ -94,11 +96,38 @@ def _forms_of(adapter: Adapter) -> dict[str, Form]:
 
 
 def _noted(adapter: Adapter, key: str = SPELLING) -> dict[str, dict[str, list[str]]]:
+    """The parsed entry: dialect → component or site → words. Raises InputError where it is nothing we write."""
+    noted = _parsed(adapter, key)
+    rows = [words for entry in noted.values() for words in (entry.values() if isinstance(entry, dict) else [None])]
+    length = 4 if key == SPELLING else None
+    if not all(isinstance(row, list) and all(isinstance(word, str) for word in row) and length in (None, len(row)) for row in rows):
+        raise _foreign(key)
+    return noted
+
+
+def _parsed(adapter: Adapter, key: str) -> dict[str, Any]:
+    """A header entry of ours as an object. Raises InputError where it is none."""
     try:
-        noted = json.loads(adapter.metadata.get(key, "{}"))
-    except ValueError:
-        return {}
-    return noted if isinstance(noted, dict) else {}
+        found = json.loads(adapter.metadata.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise _foreign(key) from error
+    if not isinstance(found, dict):
+        raise _foreign(key)
+    return found
+
+
+def _foreign(key: str) -> InputError:
+    return InputError(f"the header entry {key} is not what loratools writes", fix=f"loratools metadata SRC OUT --unset {key}")
+
+
+def _alpha_record(value: Any) -> list[Any]:
+    """[alpha, the second factor's power of two, dtype and shape of its tensor]. Raises InputError for anything else."""
+    alpha, took, *tensor = value if isinstance(value, list) and len(value) > 1 else [value, 0]
+    dtype, *shape = tensor or ["F32"]
+    numbers = isinstance(alpha, int | float) and 0 < abs(alpha) < 1e30 and isinstance(took, int) and abs(took) < 200
+    if not (numbers and dtype in _ALPHA_DTYPES and all(size == 1 for size in shape)):
+        raise _foreign(ALPHA)
+    return [float(alpha), took, *tensor]
 
 
 def of_alphas(known: Mapping[str, list[Any]], *, complete: int) -> str:
@@ -121,7 +150,7 @@ def unfolded(adapter: Adapter) -> Adapter:
     rule = DIALECTS[adapter.dialect].alpha
     if text is None or rule == "tensor":
         return adapter
-    recorded = {str(site): value if isinstance(value, list) else [value, 0] for site, value in json.loads(text).items()}
+    recorded = {site: _alpha_record(value) for site, value in _parsed(adapter, ALPHA).items()}
     nothing = [None, 0]
     entries = []
     for entry in adapter.entries:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.read import read
 from loratools.operations.convert import convert
-from tests.mapping.builders import Tensors, delta, lora, rel, save
+from tests.mapping.builders import Tensors, delta, lora, refusal, rel, save, told
 
 
 def header(path: Path) -> dict[str, str]:
@@ -171,3 +171,20 @@ def test_keep_alpha_leaves_the_factors_alone(tmp_path: Path) -> None:
     assert config["unet.lora_alpha"] == pytest.approx(2.8)
     (site,) = read(tmp_path / "b.safetensors").modules
     assert rel(read(tmp_path / "b.safetensors").delta(site), delta(tensors, stem)) <= 1e-7
+
+
+FORGED = {
+    "loratools.alpha": ["{", "[]", "7", '{"*": "x"}', '{"*": [8]}', '{"*": [8, "x"]}', '{"*": [8, 0, "F99"]}', '{"*": NaN}', '{"*": 0}'],
+    "loratools.spelling": ["{", '"x"', '{"kohya": 3}', '{"kohya": {"denoiser": ["a"]}}', '{"kohya": {"denoiser": 1}}'],
+    "loratools.flat": ["[" * 9000, '{"kohya": {"denoiser.conv_in": "up"}}'],
+}
+
+
+@pytest.mark.parametrize(("entry", "text"), [(entry, text) for entry, texts in FORGED.items() for text in texts])
+def test_a_forged_memory_is_refused_by_name(tmp_path: Path, entry: str, text: str) -> None:
+    source = save(
+        tmp_path / "a.safetensors", lora("unet.up_blocks.3.attentions.0.proj_in", (16, 16, 1, 1), scheme="peft", alpha=None), {entry: text}
+    )
+    error = refusal(convert, source, tmp_path / "b.safetensors", "kohya", arch="sd1")
+    assert entry in told(error)
+    assert not (tmp_path / "b.safetensors").exists()
