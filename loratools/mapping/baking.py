@@ -38,7 +38,7 @@ def baked(module: Module, weight: LazyTensor) -> Dense:
     factors: dict[str, LazyTensor] = {"diff": ComputedTensor("F32", weight.shape, change)}
     if "diff_b" in module.factors:
         factors["diff_b"] = module.factors["diff_b"]
-    return Dense(factors, options={"baked": True, "rank": module.rank or RANK})
+    return Dense(factors, options={"rank": module.rank or RANK})
 
 
 def approximated(module: Dense) -> tuple[Lora, float]:

@@ -26,8 +26,6 @@ from loratools.report import Finding
 from loratools.tensors.metadata import peft_metadata
 from loratools.tensors.reader import TensorSource, open_source
 
-CONSTRAINT_KINDS = ("oft", "boft")  # their alpha bounds a rotation and scales nothing
-
 
 @dataclass
 class Reading:
@@ -267,7 +265,7 @@ class _Reader:
             shown = ", ".join(f"{where}: {value:g}" for where, value in recorded.items())
             self._error("alpha-conflict", f"{name}: two records of alpha that differ ({shown})", str(assignment.match.sites[0]))
         alpha = next(iter(recorded.values()), None)
-        if self.alpha is not None and module.kind not in CONSTRAINT_KINDS and (alpha is None or alpha == 0) and rank:
+        if self.alpha is not None and (alpha is None or alpha == 0) and rank:
             factors = {role: tensor for role, tensor in module.factors.items() if role != "alpha"}
             self.settled += 1
             return replace(module, factors=factors, alpha=self.alpha, alpha_source="assumed", options=options)
