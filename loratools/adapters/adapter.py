@@ -8,7 +8,7 @@ it, so that writing back in the same dialect is byte-exact. Nothing here knows a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     import torch
+
+
+BIAS_ROLES = ("bias", "diff_b", "b_norm", "set_bias")  # what is added to a module's bias, or replaces it
 
 
 class NotExact(UnsupportedError):
@@ -93,6 +96,29 @@ class Module(ABC):
         """Change of the module's bias in float64, shape (out,), or None.
 
         bias: the base bias, needed by kinds that multiply or replace it. Raises NotExact without it.
+        """
+        return None
+
+    @property
+    def changes_weight(self) -> bool:
+        """False where only the bias is changed."""
+        return True
+
+    @property
+    def needs_bias(self) -> bool:
+        """Does it add to the layer's bias, or replace it? A layer without one cannot take it."""
+        return any(role in self.factors for role in BIAS_ROLES)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Does `bias_delta` change a bias where there is one?"""
+        return self.needs_bias
+
+    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor] | None:
+        """ΔW a block of output rows at a time, for weights too large to hold whole: (start, stop, those rows of W) → ΔW there.
+
+        The factors are read once, at this call, and the products are formed in `dtype`, scale included; the result is a new
+        tensor of shape (stop - start, in · kernel). None where rows cannot be told apart (`delta` is the whole).
         """
         return None
 

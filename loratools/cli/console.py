@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,21 @@ class Output:
 
         with Console(stderr=True, markup=False).status(clean(label)):
             yield
+
+
+    @contextlib.contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar on stderr, moved by the function it gives (bytes done, bytes in all); None where stderr is no terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True, markup=False), transient=True) as bar:
+            task = bar.add_task(clean(label), total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def size(number: int | float) -> str:

@@ -26,6 +26,8 @@ COMMANDS: dict[str, Entry] = {
     "inspect": Entry("inspect", "Say what a file is, from its header."),
     "convert": Entry("convert", "Write an adapter in another dialect."),
     "compare": Entry("compare", "Tell whether two adapters are the same function."),
+    "combine": Entry("combine", "Write the weighted sum of adapters as one adapter."),
+    "merge": Entry("merge", "Merge adapters into a base checkpoint."),
     "metadata": Entry("metadata", "Print or edit the metadata of a file; tensor bytes stay as they are."),
     "formats": Entry("formats", "List the dialects, architectures and kinds, and what converts exactly."),
     "env": Entry("env", "Print what a bug report needs."),

@@ -56,6 +56,29 @@ def tolerance(_context: click.Context, _parameter: click.Parameter, value: float
     return value
 
 
+class Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """`PATH` or `PATH:0.8`: an adapter and its weight. The last colon followed by a number is the weight; a file of that name wins."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
+        if isinstance(value, tuple):
+            return value
+        head, colon, tail = str(value).rpartition(":")
+        if not colon or not head or Path(value).exists():
+            return Path(value), 1.0
+        try:
+            weight = float(tail)
+        except ValueError:
+            return Path(value), 1.0
+        if not math.isfinite(weight):
+            self.fail(f"{value!r}: the weight {tail} is not a finite number.", param, ctx)
+        return Path(head), weight
+
+
+WEIGHTED = Weighted()
+
+
 def registry_names(registry: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     """Shell completion from a registry of `loratools formats`: "dialects", "architectures" or "kinds"."""
 

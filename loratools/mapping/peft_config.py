@@ -134,6 +134,12 @@ def options_of(config: Mapping[str, Any], name: str, rank: int | None) -> dict[s
     return {}
 
 
+def residual_init(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took a part of the base into the adapter (PiSSA, …), as the config says it; None for all others."""
+    init = config.get("init_lora_weights")
+    return f"init_lora_weights = {init!r}" if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS) else None
+
+
 def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(severity, message) for fields that make the tensors mean something else."""
     found = [
@@ -144,9 +150,9 @@ def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     kind = config.get("peft_type")
     if kind is not None and kind not in _TYPES.values():
         found.append(("error", f"peft_type {kind!r} is not supported; {', '.join(dict.fromkeys(_TYPES.values()))} are"))
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(RESIDUAL_INITS):
-        found.append(("warning", f"init_lora_weights = {init!r} changed the base model: on the original base this adapter is wrong"))
+    init = residual_init(config)
+    if init is not None:
+        found.append(("warning", f"{init} changed the base model: on the original base this adapter is wrong"))
     if config.get("bias") not in (None, "none"):
         found.append(("warning", f"bias = {config['bias']!r}: trained biases of the base are replacements, not deltas"))
     return found

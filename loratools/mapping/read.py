@@ -150,6 +150,20 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
     return reading.adapter
 
 
+def tables_of(reading: Reading, adapter: Adapter, base: Path | None = None) -> Architecture:
+    """The tables an adapter was read with. Raises UnsupportedError for a family that is recognised but not handled yet."""
+    best = reading.detection.best
+    if best is not None and best.architecture.name == adapter.architecture:
+        architecture = best.architecture
+    else:
+        architecture = architecture_of_base(base) if base else named_architecture(adapter.architecture)
+    if not architecture.supported:
+        raise UnsupportedError(
+            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}): recognised, but not supported yet"
+        )
+    return architecture
+
+
 def _fix(errors: list[Finding]) -> str | None:
     codes = {finding.code for finding in errors}
     if codes == {"unknown-key"}:

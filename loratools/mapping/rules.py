@@ -5,6 +5,7 @@ A `Row` says that one module name is made of one or more sites:
     site    a rename                                 img_in = x_embedder
     cat     output rows joined in this order         img_attn.qkv = cat(to_q, to_k, to_v)
     swap2   the two halves of output rows exchanged  final_layer.adaLN_modulation.1 = swap2(norm_out.linear)
+    transposed  stored (in, out)                      text_projection = transposed(text_projection)
 
 A `Table` holds the rows of one model (a denoiser or a text encoder) for each namespace and looks names up both ways. Names are
 templates: `{d}` stands for any block index. Lookup replaces each run of digits by `#` and finds the template in a dict, dotted
@@ -39,6 +40,7 @@ class Row:
     layer: str = "linear"
     kernel: tuple[int, ...] = ()
     swapped: bool = False
+    transposed: bool = False  # the weight is stored (in, out)
 
     @property
     def total_out(self) -> str:
@@ -68,6 +70,11 @@ def cat(name: str, paths: str, out: str, in_: str = "") -> Row:
 def swap2(name: str, path: str, out: str = "", in_: str = "") -> Row:
     """A Linear whose two halves of output rows (shift and scale) are exchanged against the site's."""
     return Row(name, (path,), (out,), in_, swapped=True)
+
+
+def transposed(name: str, path: str, out: str = "", in_: str = "") -> Row:
+    """A Linear whose weight is stored (in, out), the transpose of the site's; out and in_ are the stored matrix's."""
+    return Row(name, (path,), (out,), in_, transposed=True)
 
 
 def conv(name: str, path: str, out: str = "", in_: str = "", kernel: tuple[int, ...] = (3, 3)) -> Row:

@@ -17,7 +17,7 @@ from loratools.errors import UnsupportedError
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.baking import approximated, baked
-from loratools.mapping.bases import BaseWeights
+from loratools.mapping.bases import Base
 from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
 from loratools.mapping.fitting import fit_alpha, fit_dtype, fit_kind, fit_shape_of, flattened, narrows, relative_change
@@ -82,7 +82,7 @@ def plan(
     plain: bool = False,
     keep_alpha: bool = False,
     dtype: str | None = None,
-    base: BaseWeights | None = None,
+    base: Base | None = None,
     lossy: bool = False,
 ) -> Plan:
     """What `adapter` is in another dialect.
@@ -114,7 +114,7 @@ class _Writer:
         plain: bool,
         keep_alpha: bool,
         dtype: str | None,
-        base: BaseWeights | None,
+        base: Base | None,
         lossy: bool,
     ) -> None:
         self.base, self.lossy = base, lossy
@@ -254,12 +254,12 @@ class _Writer:
             module = self._low_rank(target, module)
         return None if module is None else fit_kind(module, self.dialect, target.match.row, plain=self.plain)
 
-    def _baked(self, entry: Entry, base: BaseWeights) -> Entry:
+    def _baked(self, entry: Entry, base: Base) -> Entry:
         """The entry as a full delta on the base, if it multiplies the base weight; made once for all the parts it serves."""
         if entry.module.linear:
             return entry
         if id(entry) not in self.made:
-            self.made[id(entry)] = replace(entry, module=baked(entry.module, base.of(entry, self.adapter.dims)))
+            self.made[id(entry)] = replace(entry, module=baked(entry.module, base.of(entry)))
             self.source[id(self.made[id(entry)])] = self.source[id(entry)]
         return self.made[id(entry)]
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapters import algebra
 from loratools.adapters.adapter import Adapter, Entry, Module, NotExact, Site
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds import Dense, Dora, Lora
-from loratools.errors import InputError, UnsupportedError, UsageError
-from loratools.mapping.read import Reading, analyse, checked
-from loratools.tensors.reader import open_source
+from loratools.errors import InputError
+from loratools.operations.inputs import read_together
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +71,7 @@ def compare(
     arch, alpha: as for reading, for both files where they are needed.
     Returns the JSON object of the command. Raises InputError for files of two architectures, and what reading raises.
     """
-    first, second = _read_both(Path(a), Path(b), arch, alpha, Path(base) if base else None)
-    if first.architecture != second.architecture:
-        raise InputError(f"two architectures: {Path(a).name} is {first.architecture}, {Path(b).name} is {second.architecture}")
+    _, (first, second) = read_together([Path(a), Path(b)], arch=arch, alpha=alpha, base=Path(base) if base else None)
     ours, theirs = _parts(first), _parts(second)
     sites = _overlaps(ours, theirs)
     ranked = sorted(sites.items(), key=lambda item: -item[1].relative_error)
@@ -97,36 +95,6 @@ def compare(
 
 def _row(site: Site, overlap: _Overlap) -> dict[str, Any]:
     return {"site": str(site), "relative_error": overlap.relative_error, "cosine": overlap.cosine}
-
-
-def _read_both(a: Path, b: Path, arch: str | None, alpha: float | None, base: Path | None) -> tuple[Adapter, Adapter]:
-    """Both adapters; a file whose architecture is ambiguous alone is settled by the other one."""
-    alphas = [alpha if alpha is not None and _needs_alpha(path, arch, base) else None for path in (a, b)]
-    if alpha is not None and alphas == [None, None]:
-        raise UsageError("--alpha is for a file that records none; both of these record their own")
-    readings = [analyse(open_source(path), arch=arch, alpha=value, base=base) for path, value in zip((a, b), alphas, strict=True)]
-    for position, reading in enumerate(readings):
-        other = readings[1 - position].detection
-        if reading.detection.ambiguous and not other.ambiguous and other.best is not None:
-            name = other.best.architecture.name
-            if any(candidate.architecture.name == name for candidate in reading.detection.candidates):
-                readings[position] = analyse(reading.source, arch=name, alpha=alphas[position], base=base)
-    first, second = (_usable(reading) for reading in readings)
-    return first, second
-
-
-def _needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
-    """Does the file leave some alpha unrecorded, or 0? --alpha speaks only for those."""
-    adapter = analyse(open_source(path), arch=arch, base=base).adapter
-    return adapter is not None and any(entry.module.rank and not entry.module.alpha for entry in adapter.entries)
-
-
-def _usable(reading: Reading) -> Adapter:
-    adapter = checked(reading)
-    best = reading.detection.best
-    if best is not None and not best.architecture.supported:
-        raise UnsupportedError(f"{reading.source.path.name}: {best.architecture.title} is recognised but not handled yet")
-    return adapter
 
 
 # -------------------------------------------------------------------------------------------------------------- one site
@@ -209,33 +177,21 @@ def _overlap(ours: tuple[_Part, ...], theirs: tuple[_Part, ...]) -> _Overlap:
     return replace(total, parts=tuple(parts))
 
 
-def _joined(modules: Sequence[Lora]) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(modules: Sequence[Lora]) -> algebra.Pair:
     """(up, down) of the sum of LoRA modules, scales in up."""
-    import torch
-
-    pairs = [(module.matrices(), module.scale) for module in modules]
-    return torch.cat([up * scale for (up, _), scale in pairs], 1), torch.cat([down for (_, down), _ in pairs])
+    return algebra.joined([(module.scale, module.matrices()) for module in modules])
 
 
-def _low_rank(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tensor, torch.Tensor]) -> _Overlap:
+def _low_rank(ours: algebra.Pair, theirs: algebra.Pair) -> _Overlap:
     """The sums from the factors: Gram matrices for norms and inner product, a QR core for the difference."""
-    import torch
-
     (up, down), (other_up, other_down) = ours, theirs
     if (up.shape[0], down.shape[1]) != (other_up.shape[0], other_down.shape[1]):
         raise _Incomparable(f"{up.shape[0]} x {down.shape[1]} and {other_up.shape[0]} x {other_down.shape[1]}")
-
-    def gram(u: torch.Tensor, d: torch.Tensor, v: torch.Tensor, e: torch.Tensor) -> float:
-        return float(((u.t() @ v) * (d @ e.t())).sum())
-
-    left = torch.linalg.qr(torch.cat([other_up, up], 1), mode="r")[1]
-    right = torch.linalg.qr(torch.cat([other_down, -down]).t(), mode="r")[1]
-    error = float((left @ right.t()).norm()) ** 2
     return _Overlap(
-        max(gram(up, down, up, down), 0.0),
-        max(gram(other_up, other_down, other_up, other_down), 0.0),
-        gram(up, down, other_up, other_down),
-        error,
+        max(algebra.gram_inner(*ours, *ours), 0.0),
+        max(algebra.gram_inner(*theirs, *theirs), 0.0),
+        algebra.gram_inner(*ours, *theirs),
+        algebra.difference_norm(theirs, ours) ** 2,
     )
 
 

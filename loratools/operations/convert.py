@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry
-from loratools.errors import InputError, LoraToolsError, NotFiniteError, UnsupportedError, UsageError
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError
 from loratools.mapping.architectures import Architecture
-from loratools.mapping.bases import BaseWeights, architecture_of_base
+from loratools.mapping.bases import Base
 from loratools.mapping.dialects import DIALECTS
-from loratools.mapping.read import Reading, analyse, checked, kin, named_architecture
+from loratools.mapping.read import Reading, analyse, checked, kin, tables_of
 from loratools.mapping.write import Plan, plan
 from loratools.operations.save import write_adapter
 from loratools.report import Report
@@ -73,9 +73,9 @@ def convert(
         opened = open_source(path)
         reading = analyse(opened, arch=arch, alpha=alpha, base=Path(base) if base else None)
         adapter = checked(reading, allow_unknown=unknown != "fail")
-        architecture = _architecture(adapter, reading, base)
+        architecture = tables_of(reading, adapter, Path(base) if base else None)
         untouched = wanted is None and kind is None and not keep_alpha and _is_identity(reading, adapter, target, unknown)
-        weights = BaseWeights(Path(base), architecture) if base and allow_lossy else None
+        weights = Base(Path(base), architecture) if base and allow_lossy else None
         made = None
         if not untouched:
             plain = kind == "lora"
@@ -133,19 +133,6 @@ def _default_output(path: Path, dialect: str) -> Path:
     stem = path.name if path.is_dir() else path.stem
     stem = stem.removesuffix(f".{dialect}")
     return path.parent / (f"{stem}.peft" if DIALECTS[dialect].folder else f"{stem}.{dialect}.safetensors")
-
-
-def _architecture(adapter: Adapter, reading: Reading, base: Path | str | None) -> Architecture:
-    best = reading.detection.best
-    if best is not None and best.architecture.name == adapter.architecture:
-        architecture = best.architecture
-    else:
-        architecture = architecture_of_base(Path(base)) if base else named_architecture(adapter.architecture)
-    if not architecture.supported:
-        raise UnsupportedError(
-            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}): recognised, but not supported yet"
-        )
-    return architecture
 
 
 def _is_identity(reading: Reading, adapter: Adapter, target: str, unknown: str) -> bool:

@@ -63,14 +63,24 @@ def load(path: Path | str, *, arch: str | None = None, alpha: float | None = Non
 
 
 def write_adapter(
-    adapter: Adapter, architecture: Architecture, made: Plan, tensors: Mapping[str, LazyTensor], out: Path, *, force: bool = False
+    adapter: Adapter,
+    architecture: Architecture,
+    made: Plan,
+    tensors: Mapping[str, LazyTensor],
+    out: Path,
+    *,
+    force: bool = False,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a plan's tensors (and residue after them) with the metadata that describes them. Raises InputError on NaN or Inf."""
+    """Write a plan's tensors (and residue after them) with the metadata that describes them, and `extra` over it.
+
+    Raises InputError on NaN or Inf.
+    """
     finite = {key: FiniteTensor(key, tensor) for key, tensor in tensors.items()}
     place = {key: position for position, key in enumerate(adapter.order)}
     if place.keys() >= finite.keys():  # the file's own keys: in the file's own order
         finite = dict(sorted(finite.items(), key=lambda item: place[item[0]]))
-    metadata = metadata_for(adapter, architecture, made, version=VERSION)
+    metadata = {**metadata_for(adapter, architecture, made, version=VERSION), **dict(sorted((extra or {}).items()))}
     if made.dialect.folder:
         _write_folder(out, made, finite, metadata, force=force)
     else:

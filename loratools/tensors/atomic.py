@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,16 +90,23 @@ def output_problems(out: Path | str, inputs: Iterable[Path | str] = (), *, force
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def kept_aside(folder: Path | str) -> Path | None:
-    """Where an existing folder will go when it is replaced: None if it holds nothing but adapters and will be removed."""
+def kept_aside(folder: Path | str, coming: Collection[Path] = ()) -> Path | None:
+    """Where an existing folder will go when it is replaced by one with the files `coming` (relative paths).
+
+    None if it will be removed: it holds nothing but adapters and files that the new one has too.
+    """
     folder = resolve_output(Path(folder))
     if not folder.is_dir():
         return None
-    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
-    if all(file.name in _ADAPTER_FILES and len(file.relative_to(folder).parts) <= 2 for file in files):
+    files = _files_below(folder)
+    if all(file in coming or (file.name in _ADAPTER_FILES and len(file.parts) <= 2) for file in files):
         return None
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     return next(path for number in numbers if not os.path.lexists(path := folder.with_name(f"{folder.name}.replaced{number}")))
+
+
+def _files_below(folder: Path) -> set[Path]:
+    return {Path(place, name).relative_to(folder) for place, _, names in os.walk(folder) for name in names}
 
 
 def check_output(out: Path | str, inputs: Iterable[Path | str] = (), force: bool = False, nbytes: int = 0) -> None:
@@ -293,19 +300,20 @@ def commit_together(files: list[AtomicFile], remove: Iterable[Path] = ()) -> Non
 def output_folder(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     """An empty folder to fill; when the block ends without an exception it gets its name, else it is removed.
 
-    With `force` an old folder (or file) is moved aside and removed only when the new one is in place; one that holds other
-    things than adapters stays, as `kept_aside` says. Raises OutputExistsError, WriteError.
+    With `force` an old folder (or file) is moved aside and removed only when the new one is in place; one that holds files the
+    new one does not have stays, as `kept_aside` says. Raises OutputExistsError, WriteError.
     """
     path = Path(path)
     target = resolve_output(path)
     check_output(path, (), force)
-    temporary, aside, kept = partial_name(target), partial_name(target, _REPLACED), kept_aside(target)
+    temporary, aside = partial_name(target), partial_name(target, _REPLACED)
     with write_errors(path):
         remove_leftovers(target)
         os.mkdir(temporary, 0o777)
     _ACTIVE.update((temporary, aside))
     try:
         yield temporary
+        kept = kept_aside(target, _files_below(temporary))
         _move_in(path, temporary, target, aside, force)
         if kept is not None:
             os.rename(aside, kept)

@@ -28,6 +28,12 @@ def sha256_file(path: Path | str) -> str:
     return digest_range(file, 0, size)
 
 
+def sha256_header(path: Path | str) -> str:
+    """Hex sha256 of the header of a safetensors file, its length included. Raises MalformedError."""
+    file, size = open_bytes(Path(path))
+    return digest_range(file, 0, parse_header(file, size).data_start)
+
+
 def sshs_model_hash(path: Path | str) -> str:
     """Hex sha256 of the payload of a safetensors file. Raises MalformedError."""
     file, size = open_bytes(Path(path))

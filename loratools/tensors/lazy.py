@@ -13,6 +13,7 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,9 +102,17 @@ class LazyTensor(ABC):
     def load(self) -> torch.Tensor:
         """A fresh tensor that shares no memory with any file."""
 
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of the first axis, a fresh tensor; only their bytes are read where the tensor lies in a file."""
+        return self.load()[start:stop].clone()
+
     @abstractmethod
     def chunks(self) -> Iterator[bytes]:
         """The bytes as a safetensors file holds them, in pieces of at most CHUNK."""
+
+    def blocks(self) -> Iterator[Callable[[], bytes | memoryview]]:
+        """The same bytes in order as pieces of work, each of which may run in another thread. Stepping costs next to nothing."""
+        yield lambda: b"".join(self.chunks())
 
     def scalar(self) -> float:
         """The value of a one-element tensor, without torch (alpha and flags)."""
@@ -139,6 +148,15 @@ class ByteFile:
             size -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `offset` on."""
+        while target:
+            count = os.preadv(self.descriptor, [target], offset)
+            if not count:
+                raise MalformedError(f"{self.path}: the file became shorter while it was read")
+            offset += count
+            target = target[count:]
+
     def __del__(self) -> None:
         descriptor = getattr(self, "descriptor", None)
         if descriptor is not None:
@@ -152,11 +170,27 @@ class StoredTensor(LazyTensor):
         self.file, self.offset, self.dtype, self.shape = file, offset, dtype, shape
 
     def load(self) -> torch.Tensor:
-        return tensor_from_bytes(self.file.read(self.offset, self.nbytes), self.dtype, self.shape)
+        return self._read(self.offset, self.shape)
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        height = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return self._read(self.offset + start * height, (max(stop - start, 0), *self.shape[1:]))
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        tensor = torch.empty(shape, dtype=torch_dtype(self.dtype))
+        if tensor.numel():
+            self.file.read_into(offset, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
 
     def chunks(self) -> Iterator[bytes]:
         for start in range(0, self.nbytes, CHUNK):
             yield self.file.read(self.offset + start, min(CHUNK, self.nbytes - start))
+
+    def blocks(self) -> Iterator[Callable[[], bytes | memoryview]]:
+        for start in range(0, self.nbytes, CHUNK):
+            yield partial(self.file.read, self.offset + start, min(CHUNK, self.nbytes - start))
 
 
 class BytesTensor(LazyTensor):
@@ -183,8 +217,16 @@ class ReshapedTensor(LazyTensor):
     def load(self) -> torch.Tensor:
         return self.base.load().reshape(self.shape)
 
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        if self.base.shape[:1] == self.shape[:1]:
+            return self.base.load_rows(start, stop).reshape(max(stop - start, 0), *self.shape[1:])
+        return super().load_rows(start, stop)
+
     def chunks(self) -> Iterator[bytes]:
         return self.base.chunks()
+
+    def blocks(self) -> Iterator[Callable[[], bytes | memoryview]]:
+        return self.base.blocks()
 
 
 class ComputedTensor(LazyTensor):

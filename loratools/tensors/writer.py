@@ -2,10 +2,10 @@
 
     declare(name, dtype, shape)*  →  write(name, tensor)*  →  commit (fsync, rename, fsync of the folder)
 
-The header is a function of the declarations, so it is complete before the first byte of payload; the sshs hashes, which
-describe the payload, have a fixed length and are filled in at the end. Invariants: the same tensors and metadata give
+The header is a function of the declarations, so it is complete before the first byte of payload; hashes that describe
+the payload have a fixed length and are filled in at the end (`payload`). Invariants: the same tensors and metadata give
 the same bytes; one chunk is held in memory; nothing is left behind by a failure (`atomic`). No torch unless a tensor
-has to be computed. The state machine follows gguf-py's writer.
+has to be computed. The state machine follows gguf-py's writer. `ahead` computes tensors while earlier ones are written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from loratools.tensors.atomic import (
     resolve_output,
     write_text_file,
 )
-from loratools.tensors.hashes import LEGACY_HASH, MODEL_HASH, digest_range, legacy_hash, legacy_of_file
+from loratools.tensors.hashes import LEGACY_HASH, MODEL_HASH, digest_range, legacy_of_file
 from loratools.tensors.header import Entry, open_bytes, parse_header, printable, render_header
 from loratools.tensors.lazy import CHUNK, DTYPES, LazyTensor
+from loratools.tensors.payload import MODELSPEC_HASH, STAMPS, Payload, look_at, stamped
 
 __all__ = [
     "TensorSink",
@@ -50,7 +51,6 @@ __all__ = [
     "write_text_file",
 ]
 
-_COALESCE = 1 << 20  # bytes of small tensors gathered before they are written
 _SHARD = "{stem}-{number:05d}-of-{count:05d}{suffix}"  # transformers' and diffusers' name of a shard
 
 
@@ -60,100 +60,15 @@ class _State(Enum):
     DONE = "the file is finished"
 
 
-class _Payload:
-    """One safetensors file in the making: reserved header, payload at fixed offsets, running hash."""
-
-    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], force: bool, stamp: bool) -> None:
-        self.path, self.entries, self.metadata, self.stamp = path, entries, dict(metadata), stamp
-        if stamp:
-            self.metadata.update({LEGACY_HASH: "0" * 8, MODEL_HASH: "0" * 64})
-        self.header = render_header(entries, self.metadata)
-        self.nbytes = len(self.header) + max((end for *_, end in entries.values()), default=0)
-        self.file = AtomicFile(path, force=force, nbytes=self.nbytes)
-        self.digest = hashlib.sha256(b"" if stamp else self.header)  # of the payload alone when it goes into the header
-        self.position = len(self.header)  # everything before it has gone through the digest
-        self.in_order = True
-        self.pending = bytearray(b"" if stamp else self.header)
-        self.pending_at = self.position if stamp else 0
-
-    def write(self, name: str, tensor: LazyTensor) -> None:
-        _, _, start, end = self.entries[name]
-        offset = len(self.header) + start
-        for piece in _checked_pieces(name, tensor, end - start):
-            if offset != self.position:
-                self.in_order = False
-            if self.in_order:
-                self.digest.update(piece)
-                self.position += len(piece)
-            self._put(offset, piece)
-            offset += len(piece)
-
-    def _put(self, offset: int, piece: bytes) -> None:
-        if offset != self.pending_at + len(self.pending):
-            self._flush()
-            self.pending_at = offset
-        if len(piece) >= _COALESCE:
-            self._flush()
-            self.file.write_at(offset, piece)
-            self.pending_at = offset + len(piece)
-            return
-        self.pending += piece
-        if len(self.pending) >= _COALESCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.pending:
-            self.file.write_at(self.pending_at, self.pending)
-            self.pending_at += len(self.pending)
-            self.pending = bytearray()
-
-    def seal(self) -> WriteResult:
-        """Payload and header complete, hashes known; the file still has its temporary name."""
-        self._flush()
-        if self.stamp:
-            model = self.digest.hexdigest() if self.in_order else self._digest_from(len(self.header))
-            self.metadata[MODEL_HASH] = model
-            self.metadata[LEGACY_HASH] = legacy_hash(self.entries, self.metadata, self._read_payload)
-            self.header = render_header(self.entries, self.metadata)
-            self.file.write_at(0, self.header)
-        if self.stamp:
-            return WriteResult(self.path, self.nbytes, None, (self.path,))  # a second pass over the file is not worth it
-        whole = self.digest.hexdigest() if self.in_order else self._digest_from(0)
-        return WriteResult(self.path, self.nbytes, whole, (self.path,))
-
-    def _read_payload(self, start: int, end: int) -> bytes:
-        return self.file.read_at(len(self.header) + start, end - start)
-
-    def _digest_from(self, start: int) -> str:
-        digest = hashlib.sha256()
-        for offset in range(start, self.nbytes, CHUNK):
-            digest.update(self.file.read_at(offset, min(CHUNK, self.nbytes - offset)))
-        return digest.hexdigest()
-
-
-def _checked_pieces(name: str, tensor: LazyTensor, nbytes: int) -> Iterable[bytes]:
-    """The tensor's bytes, exactly `nbytes` of them. Raises LoraToolsError when it cannot be read or has another size."""
-    total = 0
-    try:
-        for piece in tensor.chunks():
-            total += len(piece)
-            if total > nbytes:
-                break
-            yield piece
-    except OSError as error:
-        raise LoraToolsError(f"{printable(name)}: cannot read the tensor: {error.strerror or error}") from error
-    if total != nbytes:
-        raise LoraToolsError(f"{printable(name)}: declared {nbytes} bytes, the tensor gave another number (a defect in loratools)")
-
-
 class TensorSink:
     """A safetensors file (or shards with an index) written tensor by tensor.
 
     Declare everything, then write everything, in the declared order for one sequential pass or in any other. Used as a
     context manager it commits at the end of the block and removes every trace on an exception; `result` is set then.
     `max_shard_bytes`: payload bound of one file; with more than one, `path` OUT.safetensors becomes
-    OUT-00001-of-0000N.safetensors and OUT.safetensors.index.json. `stamp_hashes` writes sshs_model_hash and
-    sshs_legacy_hash of what is written (one file only).
+    OUT-00001-of-0000N.safetensors and OUT.safetensors.index.json. `stamp_hashes`: the keys of `payload.STAMPS` whose values
+    are to be those of what is written, True for the two sshs hashes (one file only); modelspec.hash_sha256 always is when the
+    metadata has it. `digest`: give the sha256 of the file; without it untouched bytes may stay in the kernel.
     """
 
     result: WriteResult
@@ -164,18 +79,21 @@ class TensorSink:
         metadata: Mapping[str, str],
         *,
         force: bool = False,
-        stamp_hashes: bool = False,
+        stamp_hashes: bool | Collection[str] = False,
         max_shard_bytes: int | None = None,
+        digest: bool = True,
     ) -> None:
         if stamp_hashes and max_shard_bytes is not None:
             raise UsageError(f"{path}: the sshs hashes belong to one file and cannot be written to shards")
         self.path, self.metadata, self.force = Path(path), dict(metadata), force
-        self.stamp, self.max_shard_bytes = stamp_hashes, max_shard_bytes
+        asked = (MODEL_HASH, LEGACY_HASH) if stamp_hashes is True else stamp_hashes or ()
+        self.stamps = frozenset(asked) | ({MODELSPEC_HASH} & self.metadata.keys())
+        self.max_shard_bytes, self.digest = max_shard_bytes, digest
         self.state = _State.DECLARE
         self.declared: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.written: set[str] = set()
-        self.payloads: list[_Payload] = []
-        self.payload_of: dict[str, _Payload] = {}
+        self.payloads: list[Payload] = []
+        self.payload_of: dict[str, Payload] = {}
 
     def declare(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Announce a tensor: its safetensors dtype and its shape. The order of the calls is the order in the file."""
@@ -188,25 +106,39 @@ class TensorSink:
 
     def write(self, name: str, tensor: LazyTensor) -> None:
         """Stream one declared tensor; its dtype and shape must be the declared ones."""
-        if self.state is _State.DECLARE:
-            self._open()
-        self._expect(_State.WRITE)
-        if name not in self.declared or name in self.written:
-            raise LoraToolsError(f"{printable(name)}: {'written twice' if name in self.written else 'was not declared'}")
+        self.fits(name, tensor)
+        self.write_run([name], tensor)
+
+    def fits(self, name: str, tensor: LazyTensor) -> None:
+        """Raise LoraToolsError unless `tensor` is what was declared as `name`."""
+        if name not in self.declared:
+            raise LoraToolsError(f"{printable(name)}: was not declared")
         if (tensor.dtype, tuple(tensor.shape)) != self.declared[name]:
             raise LoraToolsError(f"{printable(name)}: declared {self.declared[name]}, found {(tensor.dtype, tuple(tensor.shape))}")
-        self.payload_of[name].write(name, tensor)
-        self.written.add(name)
 
-    def commit(self) -> WriteResult:
-        """Everything written: to disk and under its name."""
-        if self.state is _State.DECLARE:
-            self._open()
+    def write_run(self, names: Sequence[str], source: LazyTensor | Iterable[bytes | memoryview]) -> None:
+        """Stream the bytes of declared tensors that follow each other in one file; `fits` is for the caller to ask."""
+        self.open()
+        self._expect(_State.WRITE)
+        twice = [printable(name) for name in names if name in self.written]
+        if twice:
+            raise LoraToolsError(f"{twice[0]}: written twice", details=twice)
+        self.payload_of[names[0]].write(names[0], names[-1], source)
+        self.written.update(names)
+
+    def commit(self, check: Callable[[Path], None] | None = None) -> WriteResult:
+        """Everything written: to disk and under its name.
+
+        `check` sees each finished file under its temporary name, before any of them is renamed; what it raises leaves no output.
+        """
+        self.open()
         self._expect(_State.WRITE)
         missing = [printable(name) for name in self.declared if name not in self.written]
         if missing:
             raise LoraToolsError(f"{self.path}: {len(missing)} declared tensors were not written", details=missing)
         results = [payload.seal() for payload in self.payloads]
+        for payload in self.payloads:
+            look_at(payload.file, check)
         if len(results) == 1 and not self._rivals():
             self.payloads[0].file.commit()
             self.result = results[0]
@@ -235,8 +167,10 @@ class TensorSink:
         if self.state is not state:
             raise LoraToolsError(f"{self.path}: expected to {state.value}, but the state is {self.state.name}")
 
-    def _open(self) -> None:
-        """Fix all offsets and open the files; everything that can fail for want of space or rights fails here."""
+    def open(self) -> None:
+        """Nothing more is declared: fix all offsets, open the files; what can fail for want of space or rights fails here."""
+        if self.state is not _State.DECLARE:
+            return
         self.state = _State.WRITE
         plan = _plan_shards(self.declared, self.max_shard_bytes)
         if len(plan) > 1 or self._rivals():
@@ -249,7 +183,8 @@ class TensorSink:
                 dtype, shape = self.declared[name]
                 entries[name] = (dtype, shape, position, position + _nbytes(dtype, shape))
                 position = entries[name][3]
-            payload = _Payload(self._shard_path(number, len(plan)), entries, self.metadata, self.force, self.stamp)
+            path = self._shard_path(number, len(plan))
+            payload = Payload(path, entries, self.metadata, force=self.force, stamps=self.stamps, digest=self.digest)
             self.payloads.append(payload)
             self.payload_of.update(dict.fromkeys(names, payload))
 
@@ -319,14 +254,28 @@ def _plan_shards(declared: Mapping[str, tuple[str, tuple[int, ...]]], limit: int
     return plan
 
 
-def index_text(weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, object] | None = None) -> str:
-    """The JSON of a shard index as transformers and diffusers write it; `metadata` are further entries of its header."""
+def index_text(
+    weight_map: Mapping[str, str],
+    total_size: int,
+    metadata: Mapping[str, object] | None = None,
+    rest: Mapping[str, object] | None = None,
+) -> str:
+    """The JSON of a shard index as transformers and diffusers write it.
+
+    `metadata` are further entries of its header, `rest` further entries beside header and map.
+    """
     header = {**(metadata or {}), "total_size": total_size}
-    return json.dumps({"metadata": header, "weight_map": dict(weight_map)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    index = {**(rest or {}), "metadata": header, "weight_map": dict(weight_map)}
+    return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_safetensors(
-    path: Path | str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], *, force: bool = False, stamp_hashes: bool = False
+    path: Path | str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    *,
+    force: bool = False,
+    stamp_hashes: bool | Collection[str] = False,
 ) -> WriteResult:
     """Write tensors and metadata in the order given, one tensor in memory at a time. Raises WriteError, OutputExistsError."""
     with TensorSink(path, metadata, force=force, stamp_hashes=stamp_hashes) as sink:
@@ -340,17 +289,16 @@ def write_safetensors(
 def rewrite_metadata(path: Path | str, out: Path | str, metadata: Mapping[str, str], force: bool = False) -> WriteResult:
     """Another metadata header before the same payload: entries keep their order and offsets, the payload is copied as bytes.
 
-    The sshs hashes among `metadata` are set to what they are of the result (the legacy one depends on the ss_* keys).
+    The hashes of STAMPS among `metadata` are set to what they are of the result (the legacy one depends on the ss_* keys).
     """
     file, size = open_bytes(Path(path))
     header = parse_header(file, size)
     check_output(out, [path], force, size)
     entries = {name: (info.dtype, info.shape, info.start, info.end) for name, info in header.tensors.items()}
     metadata = dict(metadata)
-    if MODEL_HASH in metadata:
-        metadata[MODEL_HASH] = digest_range(file, header.data_start, size)
-    if LEGACY_HASH in metadata:
-        metadata[LEGACY_HASH] = legacy_of_file(file, header, size, metadata)
+    stamps = STAMPS.keys() & metadata.keys()
+    model = digest_range(file, header.data_start, size) if stamps - {LEGACY_HASH} else ""
+    metadata.update(stamped(stamps, model, lambda: legacy_of_file(file, header, size, metadata)))
     head = render_header(entries, metadata)
     payload = size - header.data_start
     digest = hashlib.sha256(head)

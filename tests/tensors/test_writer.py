@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as library_save
 
-from loratools.errors import LoraToolsError, OutputExistsError, UsageError, WriteError
+from loratools.errors import InputError, LoraToolsError, OutputExistsError, UsageError, WriteError
 from loratools.tensors import atomic
 from loratools.tensors.hashes import sha256_file, sshs_legacy_hash, sshs_model_hash, stored_hash_problems
 from loratools.tensors.lazy import BytesTensor, LazyTensor, from_torch
@@ -263,6 +263,84 @@ def test_rewrite_metadata_copies_the_payload(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         rewrite_metadata(source, source, {}, force=True)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("asked", [False, True, {"sshs_model_hash"}], ids=str)
+def test_modelspec_hash_is_that_of_what_is_written(asked: bool | set[str], tmp_path: Path) -> None:
+    """It describes the tensors: where the metadata has it, a stale one is never carried on; the sshs hashes are asked for."""
+    path = tmp_path / "x.safetensors"
+    stale = {"a": "1", "modelspec.hash_sha256": "0xstale", "sshs_model_hash": "stale"}
+    result = write_safetensors(path, lazy(), stale, stamp_hashes=asked)
+    data = path.read_bytes()
+    payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    written = open_source(path).metadata
+    assert written["modelspec.hash_sha256"] == "0x" + payload
+    assert written["sshs_model_hash"] == (payload if asked else "stale")
+    assert ("sshs_legacy_hash" in written) == (asked is True)
+    assert list(written)[:3] == list(stale)
+    assert result.sha256 is None
+    rewrite_metadata(path, tmp_path / "y.safetensors", stale)
+    assert open_source(tmp_path / "y.safetensors").metadata == {
+        **stale,
+        "modelspec.hash_sha256": "0x" + payload,
+        "sshs_model_hash": payload,
+    }
+
+
+def test_no_digest_the_same_bytes(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", lazy(), {"k": "v"})
+    source = open_source(tmp_path / "a.safetensors")
+    with TensorSink(tmp_path / "b.safetensors", source.metadata, digest=False) as sink:
+        for name, tensor in source.tensors.items():
+            sink.declare(name, tensor.dtype, tensor.shape)
+        for name in reversed(source.tensors):
+            sink.write(name, source.tensors[name])
+    assert sink.result.sha256 is None
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+# --- a look before the rename ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["nothing there", "old output there"])
+@pytest.mark.parametrize("limit", [None, 20], ids=["file", "shards"])
+def test_check_sees_the_finished_files(limit: int | None, old: bool, tmp_path: Path) -> None:
+    """Complete, hash included, under another name, while OUT is still what it was; what it raises leaves all as it was."""
+    out = tmp_path / "out.safetensors"
+    if old:
+        _old_output(tmp_path / "old", "file" if limit is None else "shards")
+        for path in (tmp_path / "old").iterdir():
+            path.rename(tmp_path / path.name)
+        (tmp_path / "old").rmdir()
+    before, seen = snapshot(tmp_path), []
+
+    def look(path: Path) -> None:
+        source = open_source(path)
+        assert source.metadata["modelspec.hash_sha256"] == "0x" + sshs_model_hash(path)
+        assert all(torch.equal(source.tensors[name].load(), TENSORS[name]) for name in source.tensors)
+        assert {name: data for name, data in snapshot(tmp_path).items() if not name.startswith(".")} == before
+        seen.append(list(source.tensors))
+
+    def refuse(path: Path) -> None:
+        look(path)
+        if len(seen) == (1 if limit is None else 2):
+            raise InputError("not what it should be")
+
+    def write(check: Callable[[Path], None]) -> None:
+        with TensorSink(out, {"modelspec.hash_sha256": ""}, force=True, max_shard_bytes=limit) as sink:
+            for name, tensor in lazy().items():
+                sink.declare(name, tensor.dtype, tensor.shape)
+            for name, tensor in lazy().items():
+                sink.write(name, tensor)
+            sink.commit(check)
+
+    with pytest.raises(InputError, match="not what it should be"):
+        write(refuse)
+    assert snapshot(tmp_path) == before
+    seen.clear()
+    write(look)
+    assert seen == ([["a", "b", "c", "d"]] if limit is None else [["a"], ["b"], ["c", "d"]])
+    assert len(listing(tmp_path)) == (1 if limit is None else 4)
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

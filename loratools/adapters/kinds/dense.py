@@ -7,7 +7,7 @@ added; it changes no value by itself. There is no alpha: the scale is 1, a store
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, ClassVar
 
@@ -85,6 +85,23 @@ class Dense(Kind):
         if None in shape:
             raise NotExact("a change of the bias alone does not tell the shape of the weight")
         return torch.zeros([size for size in shape if size is not None], dtype=torch.float64)
+
+    @property
+    def changes_weight(self) -> bool:
+        return any(role in self.factors for role in (*WEIGHTS, *SPARSE))
+
+    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor] | None:
+        """One full tensor (`diff` or a replacement), its rows read when they are needed."""
+        found = [role for role in (*WEIGHTS, *SPARSE) if role in self.factors]
+        if len(found) != 1 or "reshape_weight" in self.factors:
+            return None
+        tensor, replaces = self.factors[found[0]], found[0] in SETTING
+
+        def block(start: int, stop: int, weight: torch.Tensor) -> torch.Tensor:
+            rows = tensor.load_rows(start, stop).to(dtype, copy=True).reshape(stop - start, -1)
+            return rows.sub_(weight.reshape(stop - start, -1)) if replaces else rows
+
+        return block
 
     def _sparse(self) -> torch.Tensor:
         """bias_values at bias_indices (dimensions, n) of zeros of shape bias_size. Raises MalformedError for an index outside."""

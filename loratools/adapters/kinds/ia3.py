@@ -85,6 +85,10 @@ class Ia3(Kind):
         return bias.to(torch.float64) * self._change()
 
     @property
+    def changes_bias(self) -> bool:
+        return self.peft and not self.on_input
+
+    @property
     def _axis(self) -> int:
         """Axis of the stored vector along which its values lie."""
         return next((axis for axis, size in enumerate(self.vector.shape) if size != 1), 0)

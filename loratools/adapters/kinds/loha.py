@@ -10,7 +10,7 @@ Without cores the factors do not tell a convolution's kernel: the shape is (o, i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import factors as fac
@@ -97,6 +97,10 @@ class Loha(Scaled):
         (a1, b1), (a2, b2) = self.pairs()
         delta = ((a1 @ b1) * (a2 @ b2)).mul_(self.scale).reshape([size for size in self.shape if size is not None])
         return common.fitted(delta, weight, flattened=not self.tucker)
+
+    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
+        (a1, b1), (a2, b2) = ((a.to(dtype), b.to(dtype)) for a, b in self.pairs())
+        return lambda start, stop, _: ((a1[start:stop] @ b1) * (a2[start:stop] @ b2)).mul_(self.scale)
 
     # --- row moves ---------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ Norms, singular values and errors come from the QR cores of the factors: no (o, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from loratools.adapters import algebra
 from loratools.adapters import factors as fac
 from loratools.adapters.adapter import Module, NotExact, quotient
 from loratools.adapters.kinds import common
@@ -90,6 +91,11 @@ class Lora(Scaled):
         delta = (up @ down).mul_(self.scale).reshape([size for size in self.shape if size is not None])
         return common.fitted(delta, weight)
 
+    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
+        up, down = self.matrices()
+        left, right = (up * self.scale).to(dtype), down.to(dtype)
+        return lambda start, stop, _: left[start:stop] @ right
+
     def bias_delta(self, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         extra = self.extra_bias()
         if "bias" not in self.factors:
@@ -100,12 +106,12 @@ class Lora(Scaled):
     # --- sizes and errors, from the factors alone -------------------------------------------------------------------
 
     def norm(self, weight: torch.Tensor | None = None) -> float:
-        return abs(self.scale) * float(_core(*self.matrices()).norm())
+        return abs(self.scale) * float(algebra.core(*self.matrices()).norm())
 
     def singular_values(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         import torch
 
-        values: torch.Tensor = torch.linalg.svdvals(_core(*self.matrices()))
+        values: torch.Tensor = torch.linalg.svdvals(algebra.core(*self.matrices()))
         return values * abs(self.scale)
 
     def relative_error(self, other: Module, weight: torch.Tensor | None = None) -> float:
@@ -114,7 +120,7 @@ class Lora(Scaled):
         if not isinstance(other, Lora):
             return super().relative_error(other, weight)
         (up, down), (other_up, other_down) = self.matrices(), other.matrices()
-        difference = _core(torch.cat([other_up * other.scale, up * -self.scale], 1), torch.cat([other_down, down]))
+        difference = algebra.core(torch.cat([other_up * other.scale, up * -self.scale], 1), torch.cat([other_down, down]))
         return quotient(float(difference.norm()), self.norm())
 
     # --- row moves ---------------------------------------------------------------------------------------------------
@@ -222,12 +228,3 @@ class Lora(Scaled):
         if rank != self.rank:
             factors.pop("alpha", None)
         return self.with_factors(factors, alpha=common.part_alpha(self.alpha, rank, self.rank or rank))
-
-
-def _core(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """R_u R_d^T of up = Q_u R_u and down^T = Q_d R_d: the singular values and the norm of up @ down, at rank size."""
-    import torch
-
-    triangle: torch.Tensor = torch.linalg.qr(up, mode="r")[1]
-    other: torch.Tensor = torch.linalg.qr(down.t(), mode="r")[1]
-    return triangle @ other.t()

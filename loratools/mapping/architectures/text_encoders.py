@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from loratools.mapping.architectures import Component
 from loratools.mapping.architectures.components import text_encoder
-from loratools.mapping.rules import Row, Table, cat, embedding, norm, renamed, site
+from loratools.mapping.rules import Row, Table, cat, embedding, norm, renamed, site, transposed
 
 # ----------------------------------------------------------------------------------------------------------------------- CLIP
 
@@ -34,7 +34,7 @@ _CLIP_ROWS = (
 )
 
 # open_clip: checkpoints of SD2 and SDXL, adapters of Stable Cascade. The fused tensors are `attn.in_proj_weight`/`in_proj_bias`
-# and the position table `positional_embedding`, without a `.weight`. `text_projection` is transposed there, which no row can say.
+# and the position table `positional_embedding`, without a `.weight`. `text_projection` is stored (in, out) there.
 _OPEN_CLIP = (
     embedding("token_embedding", "text_model.embeddings.token_embedding", "vocab", "h"),
     embedding("positional_embedding", "text_model.embeddings.position_embedding", "positions", "h"),
@@ -57,6 +57,7 @@ CLIP = Table(
             _CLIP_ROWS, r"\.self_attn\.(q|k|v|out)_proj$", r".self_attn.to_\1_lora"
         ),
         "open_clip": _OPEN_CLIP,
+        "open_clip-weights": (*_OPEN_CLIP, transposed("text_projection", "text_projection", "h", "proj")),  # checkpoints only
     },
 )
 

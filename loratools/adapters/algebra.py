@@ -1,0 +1,136 @@
+"""Low-rank algebra: sums of products, their singular values through a QR core, the best truncation, balanced factors.
+
+A delta is a product up (o, r) · down (r, n), n = in · kernel. Its singular value decomposition comes from the QR factors of both sides,
+
+    up = Q_u R_u,  downᵀ = Q_d R_d,  R_u R_dᵀ = L Σ Rᵀ   ⟹   up · down = (Q_u L) Σ (Q_d R)ᵀ,
+
+so that nothing of size (o, n) is made. Keeping the largest singular values is the best approximation of its rank in the Frobenius
+norm (Eckart and Young, 1936). Everything is float64, pure, and free of absolute thresholds: a scaled delta has scaled results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    Pair = tuple[torch.Tensor, torch.Tensor]  # up (o, r), down (r, n)
+    Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # left (o, k), sigma (k) largest first, right (k, n)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+DIRECT = 512  # the smaller side of a dense matrix up to which LAPACK's own SVD is fast enough
+
+
+def joined(parts: Sequence[tuple[float, Pair]]) -> Pair:
+    """(up (o, Σ r), down (Σ r, n)) of Σ scaleᵢ · upᵢ · downᵢ; the scales go into up."""
+    import torch
+
+    return torch.cat([up * scale for scale, (up, _) in parts], 1), torch.cat([down for _, (_, down) in parts])
+
+
+def gram_inner(up: torch.Tensor, down: torch.Tensor, other_up: torch.Tensor, other_down: torch.Tensor) -> float:
+    """⟨up · down, other_up · other_down⟩ (Frobenius) from Gram matrices: Σ (upᵀ other_up) ∘ (down other_downᵀ)."""
+    return float(((up.t() @ other_up) * (down @ other_down.t())).sum())
+
+
+def core(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """R_u R_dᵀ, at most (r, r): it has the singular values and the norm of up · down."""
+    import torch
+
+    left: torch.Tensor = torch.linalg.qr(up, mode="r")[1]
+    right: torch.Tensor = torch.linalg.qr(down.t(), mode="r")[1]
+    return left @ right.t()
+
+
+def difference_norm(ours: Pair, theirs: Pair) -> float:
+    """‖up · down - other_up · other_down‖ (Frobenius) from the core of the joined factors.
+
+    Gram matrices would lose half of the digits to cancellation: their error is √eps of the norms, that of the core eps.
+    """
+    return float(core(*joined([(1.0, ours), (-1.0, theirs)])).norm())
+
+
+def core_svd(up: torch.Tensor, down: torch.Tensor) -> Svd:
+    """SVD of up (o, r) · down (r, n) through the QR core; k = min(o, r, n)."""
+    import torch
+
+    outer, left_core = torch.linalg.qr(up)
+    inner, right_core = torch.linalg.qr(down.t())
+    left, sigma, right = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    return outer @ left, sigma, right @ inner.t()
+
+
+def matrix_svd(delta: torch.Tensor, limit: int | None = None) -> Svd:
+    """SVD of a dense (o, n) matrix, at most the `limit` largest.
+
+    Beyond a smaller side of 512 it comes from the eigenvectors U of the smaller Gram matrix, many times faster. Squaring loses the
+    singular values below √eps ≈ 1.5e-8 of the largest, whose share of Σσ² is below eps; the other side is Uᵀ · delta, so what is kept
+    is an orthogonal projection of delta itself, and σ are the lengths of its rows.
+    """
+    import torch
+
+    if min(delta.shape) <= DIRECT:
+        left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
+        return left[:, :limit], sigma[:limit], right[:limit]
+    if delta.shape[0] > delta.shape[1]:
+        left, sigma, right = matrix_svd(delta.t(), limit)
+        return right.t(), sigma, left.t()
+    vectors = torch.linalg.eigh(delta @ delta.t())[1].flip(1)[:, :limit]
+    rows = vectors.t() @ delta
+    sigma = torch.linalg.vector_norm(rows, dim=1)
+    order = sigma.argsort(descending=True, stable=True)
+    vectors, rows, sigma = vectors[:, order], rows[order], sigma[order]
+    return vectors, sigma, rows / torch.where(sigma > 0, sigma, torch.ones_like(sigma))[:, None]
+
+
+def noise_floor(sigma: torch.Tensor, size: int) -> float:
+    """Singular values below this are rounding: largest · eps · the longer side (numpy's and MATLAB's rank)."""
+    return float(sigma.max()) * 2.0**-52 * size if sigma.numel() else 0.0
+
+
+def rank_for(sigma: torch.Tensor, size: int, *, rank: int | None = None, energy: float | None = None) -> int:
+    """How many of `sigma` (largest first) to keep: at most `rank`, or the fewest whose Σσ² is the share `energy` of all; at least 1.
+
+    size: the longer side of the matrix, for what counts as rounding.
+    """
+    found = max(int((sigma > noise_floor(sigma, size)).sum()), 1)
+    if energy is not None:
+        squares = sigma[:found].square()
+        tails = squares.flip(0).cumsum(0).flip(0)  # tails[k]: what is lost by keeping k
+        found = max(int((tails > (1.0 - energy) * tails[0]).sum()), 1)
+    return found if rank is None else min(found, rank)
+
+
+def truncate(svd: Svd, rank: int) -> Svd:
+    """The best approximation of rank `rank` (Eckart and Young, 1936)."""
+    left, sigma, right = svd
+    return left[:, :rank], sigma[:rank], right[:rank]
+
+
+def balanced(svd: Svd) -> Pair:
+    """(up, down) with √σ on both sides: neither factor under- or overflows a narrow dtype before the other."""
+    left, sigma, right = svd
+    root = sigma.sqrt()
+    return left * root, root[:, None] * right
+
+
+def in_parallel(function: Callable[[T], R], items: Sequence[T], threads: int | None = None) -> Iterator[R]:
+    """function(item) of all items in their order, `threads` of them at the same time (None: as many as there are cores).
+
+    Each runs with one BLAS thread, whatever `threads` is: the results are the same bits for any number.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""Several adapters read together: one architecture for all, and what one of them settles for the others.
+
+A file whose architecture is ambiguous alone takes that of the others. `--alpha` speaks only for files that record none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loratools.adapters.adapter import Adapter
+from loratools.errors import InputError, UnsupportedError, UsageError
+from loratools.mapping.read import Reading, analyse, checked
+from loratools.tensors.reader import open_source
+
+
+def read_together(
+    paths: Sequence[Path], *, arch: str | None = None, alpha: float | None = None, base: Path | None = None
+) -> tuple[list[Reading], list[Adapter]]:
+    """The readings and adapters of all files, in their order. arch, alpha, base: as for reading one.
+
+    Raises InputError that names every file's architecture where they differ, UsageError for an alpha that no file needs, and what
+    reading raises.
+    """
+    alphas = [alpha if alpha is not None and _needs_alpha(path, arch, base) else None for path in paths]
+    if alpha is not None and not any(value is not None for value in alphas):
+        which = {1: "this one records its own", 2: "both of these record their own"}.get(len(paths), "all of these record their own")
+        raise UsageError(f"--alpha is for a file that records none; {which}")
+    readings = [analyse(open_source(path), arch=arch, alpha=value, base=base) for path, value in zip(paths, alphas, strict=True)]
+    settled = _settled(readings)
+    for position, reading in enumerate(readings):
+        if settled and reading.detection.ambiguous and settled in _names(reading):
+            readings[position] = analyse(reading.source, arch=settled, alpha=alphas[position], base=base)
+    adapters = [_usable(reading) for reading in readings]
+    found = list(dict.fromkeys(adapter.architecture for adapter in adapters))
+    if len(found) > 1:
+        count = {2: "two", 3: "three"}.get(len(found), str(len(found)))
+        told = [f"{path.name} is {adapter.architecture}" for path, adapter in zip(paths, adapters, strict=True)]
+        raise InputError(f"{count} architectures: {', '.join(told)}")
+    return readings, adapters
+
+
+def _needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
+    """Does the file leave some alpha unrecorded, or 0? --alpha speaks only for those."""
+    adapter = analyse(open_source(path), arch=arch, base=base).adapter
+    return adapter is not None and any(entry.module.rank and not entry.module.alpha for entry in adapter.entries)
+
+
+def _settled(readings: Sequence[Reading]) -> str | None:
+    """The architecture that the unambiguous files have, or the only one that all files may have."""
+    certain = {next(iter(_names(reading))) for reading in readings if not reading.detection.ambiguous and _names(reading)}
+    if not certain:
+        certain = set.intersection(*(set(_names(reading)) for reading in readings))
+    return certain.pop() if len(certain) == 1 else None
+
+
+def _names(reading: Reading) -> list[str]:
+    return [candidate.architecture.name for candidate in reading.detection.candidates]
+
+
+def _usable(reading: Reading) -> Adapter:
+    adapter = checked(reading)
+    best = reading.detection.best
+    if best is not None and not best.architecture.supported:
+        raise UnsupportedError(f"{reading.source.path.name}: {best.architecture.title} is recognised but not handled yet")
+    return adapter

@@ -1,0 +1,257 @@
+"""Before a merge: everything that headers can tell about base, adapters and output, with all problems at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.adapters.adapter import Site
+from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
+from loratools.mapping import peft_config
+from loratools.mapping.bases import Base
+from loratools.mapping.checkpoints import CheckpointGuess, identify
+from loratools.mapping.read import analyse, checked, tables_of
+from loratools.mapping.selection import Selection
+from loratools.operations.convert import worst
+from loratools.operations.merging.lineage import file_digest
+from loratools.operations.merging.placing import Given, Placement, Region, place_all
+from loratools.operations.merging.untying import Edits, language_edits, missing_tokens
+from loratools.tensors.layout import Layout, layout_of
+from loratools.tensors.quantised import unsupported
+from loratools.tensors.reader import open_source
+from loratools.tensors.source import TensorSource
+from loratools.tensors.writer import kept_aside, output_problems
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BIT = ("F8_E4M3", "F8_E5M2")
+_QUANTISED = re.compile(r"(?i)bnb|[-_](?:4|8)-?bit|int[48]\b|gptq|awq|nf4|qlora|fp8|gguf")
+_BASE_NAMES = ("base_model_name_or_path", "base_model", "ss_sd_model_name", "ss_base_model")
+
+
+@dataclass
+class MergePlan:
+    """What will be merged where. given: in the order of summation, which does not depend on the order of the arguments."""
+
+    source: TensorSource
+    given: list[Given]
+    bases: dict[str, Base]
+    selection: Selection
+    placement: Placement
+    layout: Layout
+    edits: Edits
+    config: Path | None
+    warnings: list[str] = field(default_factory=list)
+
+    def base_of(self, region: Region) -> Base:
+        """The base as the first adapter of a region names it (all that meet at a region name it alike)."""
+        return next((self.bases[term.given.architecture.name] for term in region.terms), next(iter(self.bases.values())))
+
+
+def prepare(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    output: Path,
+    *,
+    selection: Selection,
+    arch: str | None = None,
+    alpha: float | None = None,
+    force: bool = False,
+    beside: Sequence[Path] = (),
+) -> MergePlan:
+    """Check everything that can be checked from headers. beside: further outputs (a residual, a report).
+
+    Raises one error that lists every problem; its code is the first of 3, 2 and 1 among them.
+    """
+    inputs = [base, *(path for path, _ in adapters)]
+    problems = [problem for path in beside for problem in output_problems(path, [*inputs, output], force=force)]
+    try:
+        source = open_source(base)
+        layout = layout_of(source)
+    except LoraToolsError as error:
+        raise worst([error, *problems, *output_problems(output, inputs, force=force)]) from error
+    guess = identify({name: tensor.shape for name, tensor in source.tensors.items()})
+    given: list[Given] = []
+    for position, (path, weight) in enumerate(adapters):
+        try:
+            given.append(_given(path, weight, position, base, guess, arch, alpha))
+            inputs += given[-1].files
+        except LoraToolsError as error:
+            problems.append(error)
+    problems += output_problems(output, [*inputs, *source.files], force=force, nbytes=layout.nbytes)
+    problems += _form_problems(output, layout)
+    if not given:
+        raise worst(problems)
+    given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
+    bases = {one.architecture.name: Base(source, one.architecture) for one in given}
+    problems += _residual_inits(given)
+    for name in bases:
+        sites = {
+            one.name: {site for entry in one.adapter.entries for site in entry.sites} for one in given if one.architecture.name == name
+        }
+        problems += selection.problems(sites, next(one.architecture for one in given if one.architecture.name == name))
+    placement = place_all(given, bases, selection)
+    config = _config_of(source)
+    edits = _language(placement, bases, given, config)
+    problems += _quantised(source, placement, config) or _unmatched(placement, base)
+    problems += _collected(placement.problems + edits.problems, base)
+    if problems:
+        raise worst(problems)
+    plan = MergePlan(source, given, bases, selection, placement, layout, edits, config)
+    plan.warnings = [*(warning for one in given for warning in one.warnings), *_notes(plan), *edits.notes]
+    kept = kept_aside(output, {*layout.weights.values(), *layout.indexes.values(), *layout.copies}) if layout.folder else None
+    if kept is not None:
+        plan.warnings.append(f"{output} holds files that the new folder does not have: the old one is kept as {kept.name}")
+    return plan
+
+
+def _given(path: Path, weight: float, position: int, base: Path, guess: CheckpointGuess, arch: str | None, alpha: float | None) -> Given:
+    """Read one adapter; where its keys leave the architecture open, the base settles it."""
+    opened = open_source(path)
+    names = {architecture.name for architecture, _, _ in guess.candidates}
+    reading = analyse(opened, arch=arch, alpha=alpha, base=base)
+    if reading.detection.ambiguous:
+        possible = [candidate.architecture.name for candidate in reading.detection.candidates]
+        fitting = ["llm"] if guess.layout == "hf" else [name for name in possible if name in names]
+        reading = analyse(opened, arch=fitting[0], alpha=alpha) if fitting else reading
+    adapter = checked(reading)
+    architecture = tables_of(reading, adapter, base)
+    known = guess.layout == "hf" or bool(names)
+    fits = architecture.name in names or (architecture.open_names and guess.layout == "hf") or not _registered(architecture.name)
+    if known and not fits:
+        found = " or ".join(sorted(names)) or "a language model"
+        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.name} is {found}")
+    warnings = [f"{path.name}: {finding.message}" for finding in reading.findings if finding.severity == "warning"]
+    warnings += _quantised_base(path, adapter.config or {}, adapter.metadata)
+    return Given(path, weight, adapter, architecture, file_digest(opened), position, tuple(warnings), tuple(opened.files))
+
+
+def _sites(given: Sequence[Given], architecture: str) -> dict[str, set[Site]]:
+    """File name → sites, of the adapters of one architecture."""
+    found: dict[str, set[Site]] = {}
+    for one in given:
+        if one.architecture.name == architecture:
+            found.setdefault(one.name, set()).update(site for entry in one.adapter.entries for site in entry.sites)
+    return found
+
+
+def _registered(name: str) -> bool:
+    from loratools.mapping.architectures import registry
+
+    return name in registry()
+
+
+def _form_problems(output: Path, layout: Layout) -> list[LoraToolsError]:
+    """A folder asked for where the base is a file, or the other way round; a name that promises another container."""
+    if layout.folder and output.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        return [UsageError(f"{output}: the base is a folder, so the output is one", fix=f"loratools merge … {output.with_suffix('')}")]
+    if not layout.folder and output.is_dir():
+        return [UsageError(f"{output}: is a folder, the base is a file", fix=f"loratools merge … {output / layout.source.path.name}")]
+    if not layout.folder and output.suffix in (".ckpt", ".pt", ".bin"):
+        fix = f"loratools merge … {output.with_suffix('.safetensors')}"
+        return [UsageError(f"{output}: only safetensors is written, never a pickle", fix=fix)]
+    return []
+
+
+def _residual_inits(given: Sequence[Given]) -> list[LoraToolsError]:
+    """PiSSA and its like fit the base they changed: on the original one they need their initial adapter taken away again."""
+    changed = [one for one in given if peft_config.residual_init(one.adapter.config or {})]
+    if sum(one.weight for one in changed) == 0.0:
+        return []
+    fix = "give its initial adapter with the opposite weight (TUNED INITIAL:-1), or convert it with PEFT to a plain LoRA"
+    return [
+        UnsupportedError(
+            f"{one.name}: {peft_config.residual_init(one.adapter.config or {})} changed the base it was trained on: "
+            "on the original base its delta is wrong",
+            fix=fix,
+        )
+        for one in changed
+    ]
+
+
+def _config_of(source: TensorSource) -> Path | None:
+    """The config.json of a model folder (not of a pipeline)."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    path = folder / "config.json"
+    return path if (source.path.is_dir() or source.container == "shards") and path.is_file() else None
+
+
+def _language(placement: Placement, bases: Mapping[str, Base], given: Sequence[Given], config: Path | None) -> Edits:
+    """Tied heads and vocabularies, for the bases that are language models; elsewhere a weight may grow only in a file of its own."""
+    edits = Edits()
+    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    for base in bases.values():
+        if not base.architecture.open_names:
+            if placement.grown and base.source.path.is_dir():
+                edits.problems += [f"{key}: the adapter widens it to {list(shape)}, which the folder's configuration does not allow"
+                                   for key, shape in placement.grown.items()]  # fmt: skip
+            continue
+        edits = language_edits(placement, base, settings)
+        if base.embedding is not None:
+            rows = placement.grown.get(base.embedding, base.tensors[base.embedding].shape)[0]
+            for one in given:
+                lacking = missing_tokens(one.path, rows) if one.path.is_dir() else 0
+                if lacking:
+                    edits.problems.append(f"{one.name}: its tokenizer has {lacking} tokens for which neither base nor adapter has a row")
+    return edits
+
+
+def _unmatched(placement: Placement, base: Path) -> list[LoraToolsError]:
+    if not placement.unmatched:
+        return []
+    count = len(placement.unmatched)
+    told = f"{count} tensor{'s' * (count > 1)} of the adapters find no weight in {base.name}"
+    fix = "--component denoiser (or another part) merges that part alone; --exclude leaves sites out by name"
+    return [InputError(told, details=placement.unmatched, fix=fix)]
+
+
+def _collected(messages: Sequence[str], base: Path) -> list[LoraToolsError]:
+    if not messages:
+        return []
+    return [InputError(f"{len(messages)} module{'s' * (len(messages) > 1)} cannot be merged into {base.name}", details=list(messages))]
+
+
+def _quantised(source: TensorSource, placement: Placement, config: Path | None) -> list[LoraToolsError]:
+    """Weights that are codes nothing here can read: named with their kind."""
+    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    known = unsupported(source.tensors, settings, source.metadata)
+    found = []
+    for key, regions in placement.regions.items():
+        stored = regions[0].place.key if regions else key
+        kind = known.get(stored) or known.get(stored.rpartition(".")[0])
+        if kind is None and stored in source.tensors and source.tensors[stored].dtype not in (*FLOATS, *EIGHT_BIT):
+            kind = f"dtype {source.tensors[stored].dtype}"
+        if kind is not None:
+            found.append(f"{stored}: {kind}")
+    if placement.unmatched and not found:  # packed codes do not even have the weight's name
+        found = [f"{name}: {kind}" for name, kind in known.items()]
+    if not found:
+        return []
+    told = f"{len(found)} weights of {source.path.name} are quantised in a way that cannot be merged into"
+    return [UnsupportedError(told, details=found, fix="merge into the 16-bit model, then quantise it again")]
+
+
+def _quantised_base(path: Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> list[str]:
+    """A warning where the adapter was trained on a quantised base: the base it is merged into is not the one it has seen."""
+    names = [str(source[key]) for source in (config, metadata) for key in _BASE_NAMES if source.get(key)]
+    named = next((name for name in names if _QUANTISED.search(name)), None)
+    if named is None and metadata.get("ss_fp8_base") != "True":
+        return []
+    told = Path(named).name if named else "a base in fp8"
+    return [f"{path.name}: trained on {told}, a quantised base: merged into another it differs by what the quantisation took"]
+
+
+def _notes(plan: MergePlan) -> list[str]:
+    notes = [f"{path}: left out, {reason}" for path, reason in plan.layout.left_out]
+    copies = sum(name.startswith("model_ema.") for name in plan.source.tensors)
+    if copies:
+        notes.append(f"model_ema.*: {copies} tensors are a second copy of the weights, a merge leaves them as they are")
+    for name, base in plan.bases.items():
+        for adapter, silent in plan.selection.silent(_sites(plan.given, name), base.architecture).items():
+            notes.append(f"{adapter}: {len(silent)} sites get weight 0: the list of block weights has no number for their blocks")
+    if plan.placement.passed_over:
+        notes.append(f"{plan.placement.passed_over} modules are left out by the selection")
+    return notes

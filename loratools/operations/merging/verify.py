@@ -1,0 +1,314 @@
+"""Does the written file hold what the adapters say? Read back before it gets its name, site by site, in float64.
+
+For each site: W' as written, W of the base, and Δ = Σ weight · ΔW computed again, from whole modules in float64 and not by the code
+that merged. What rounding may do is known: to the nearest, W' must be the value nearest to W + Δ (half a percent of the entries may
+be its neighbour: sums in float32 decide close calls otherwise), stochastic, one of the two around it. Beside that the projection
+⟨W' - W, Δ⟩ / ⟨Δ, Δ⟩ is compared with the one that rounding predicts, so that a wrong alpha, a transposed factor, exchanged q and k or a
+layer that was left out is found where Δ is far below the dtype's resolution. All other tensors must be the base's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapters.adapter import Entry, Module, NotExact, Site
+from loratools.adapters.factors import exact
+from loratools.adapters.kinds.common import Scaled
+from loratools.errors import CheckFailed
+from loratools.mapping.bases import Base, Place
+from loratools.operations.merging.arithmetic import MergedTensor
+from loratools.operations.merging.placing import Given
+from loratools.operations.merging.plan import MergePlan
+from loratools.tensors.lazy import LazyTensor
+from loratools.tensors.reader import open_source
+from loratools.tensors.rounding import rounded, spacing
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 21  # elements looked at at a time
+STRAYS = 0.005  # share of the entries that may be the other neighbour of the exact sum
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """One site: projection ⟨W' - W, Δ⟩ / ⟨Δ, Δ⟩ and residual |W' - W - Δ| / |Δ|, as found and as rounding predicts them."""
+
+    tensor: str
+    site: str
+    projection: float
+    expected_projection: float
+    residual: float
+    expected_residual: float
+    reason: str = ""
+
+    @property
+    def deviation(self) -> float:
+        return abs(self.projection - self.expected_projection)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("tensor", "site", "projection", "expected_projection", "residual", "expected_residual")
+        }
+
+    def __str__(self) -> str:
+        found = f"projection {self.projection:.4g}, expected {self.expected_projection:.4g}"
+        return f"{self.tensor} ({self.site}): {self.reason}; {found}; residual {self.residual:.3g}, expected {self.expected_residual:.3g}"
+
+
+@dataclass
+class Verification:
+    """The result of a verification in which everything held."""
+
+    sites: list[SiteCheck] = field(default_factory=list)
+    untouched: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts, and the sites that are farthest from what was expected."""
+        ranked = sorted(self.sites, key=lambda check: -check.deviation)
+        return {
+            "ok": True,
+            "sites": len(self.sites),
+            "untouched_tensors": self.untouched,
+            "max_deviation": ranked[0].deviation if ranked else 0.0,
+            "worst": [check.as_json() for check in ranked[:5]],
+        }
+
+
+def verify_merge(plan: MergePlan, path: Path, tensors: Mapping[str, MergedTensor], made: Collection[str]) -> Verification:
+    """Check a finished file or folder against base and adapters.
+
+    path: of the output, still under its temporary name; tensors: those that were merged; made: all that are not the base's own.
+    Raises CheckFailed naming every tensor that holds something else.
+    """
+    written = open_source(path)
+    failures = _names_differ(plan, written.tensors, made) + _touched(plan, written.tensors, made)
+    result = Verification(untouched=sum(key not in made for key in plan.source.tensors))
+    for name, before in plan.bases.items():
+        reader = _Reader(plan, before, Base(written, before.architecture), tensors)
+        for site, parts in _contributions(plan, name).items():
+            result.sites += reader.check(site, parts)
+    failures += [str(check) for check in result.sites if check.reason]
+    if failures:
+        told = f"{path.name}: {len(failures)} checks of what was written did not hold; nothing was put in place"
+        raise CheckFailed(told, details=failures)
+    return result
+
+
+def _names_differ(plan: MergePlan, written: Mapping[str, LazyTensor], made: Collection[str]) -> list[str]:
+    expected = {*plan.source.tensors, *made}
+    return [f"{key}: is missing" for key in expected - written.keys()] + [
+        f"{key}: was not in the base" for key in written.keys() - expected
+    ]
+
+
+def _touched(plan: MergePlan, written: Mapping[str, LazyTensor], made: Collection[str]) -> list[str]:
+    """Tensors no adapter changes whose bytes are not the base's."""
+    found = []
+    for key, tensor in plan.source.tensors.items():
+        if key in made or key not in written:
+            continue
+        other = written[key]
+        same = (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
+        if not same or not all(mine == theirs for mine, theirs in zip(tensor.chunks(), other.chunks(), strict=True)):
+            found.append(f"{key}: no adapter changes it, but it is not the base's")
+    return found
+
+
+_Part = tuple[Given, Entry, float]
+
+
+def _contributions(plan: MergePlan, architecture: str) -> dict[Site, list[_Part]]:
+    """Site → what is to be added to it, from the adapters and the selection alone."""
+    found: dict[Site, list[_Part]] = {}
+    for given in plan.given:
+        if given.architecture.name != architecture:
+            continue
+        for entry in given.adapter.entries:
+            for site in entry.sites:
+                weight = given.weight * (plan.selection.factor(site, given.architecture, given.name) or 0.0)
+                if weight:
+                    found.setdefault(site, []).append((given, entry, weight))
+    return found
+
+
+class _Reader:
+    """Both models, site by site."""
+
+    def __init__(self, plan: MergePlan, before: Base, after: Base, tensors: Mapping[str, MergedTensor]) -> None:
+        self.plan, self.before, self.after, self.tensors = plan, before, after, tensors
+        self.places = {(region.site, region.role): region.place for regions in plan.placement.regions.values() for region in regions}
+        self.whole: dict[int, torch.Tensor] = {}
+
+    def check(self, site: Site, parts: Sequence[_Part]) -> Iterator[SiteCheck]:
+        """The checks of a site's weight and bias."""
+        self.whole.clear()
+        for role, changes in (("weight", "changes_weight"), ("bias", "changes_bias")):
+            acting = [part for part in parts if getattr(part[1].module, changes)]
+            place = self.places.get((site, role))
+            if not acting or (place is None and role == "bias" and not any(entry.module.needs_bias for _, entry, _ in acting)):
+                continue
+            if place is None:
+                yield SiteCheck(str(site), str(site), 0.0, 1.0, 1.0, 0.0, "was not merged")
+            else:
+                yield self._check(site, role, place, acting)
+
+    def _check(self, site: Site, role: str, place: Place, parts: Sequence[_Part]) -> SiteCheck:
+        sums = _Sums(self.tensors[place.target].storage.rounding.stochastic, self.after.tensors[place.target].dtype)
+        start, stop = place.start, self._stop(place)
+        columns = max(math.prod(self.after.tensors[place.target].shape[1:]), 1)
+        turned = place.swapped or place.transposed or role == "bias"
+        step = stop - start if turned else max(BLOCK // columns, 1)
+        step = max(step // self.tensors[place.target].storage.row_step, 1) * self.tensors[place.target].storage.row_step
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            base, found, unit = self._values(place, first, last)
+            delta = self._delta(site, role, place, parts, first - start, last - start).reshape(base.shape)
+            sums.add(base, found, delta, unit)
+        return sums.check(place.target, f"{site}" if role == "weight" else f"{site} bias")
+
+    def _stop(self, place: Place) -> int:
+        """The last row, those of a grown tensor included."""
+        grown = place.stop == self.before.tensors[place.key].shape[0]
+        return self.after.tensors[place.target].shape[0] if grown else place.stop
+
+    def _values(self, place: Place, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(W, W', the value of one code) of these rows in the file's order, (rows, columns), float64."""
+        import torch
+
+        storage, tensor = self.tensors[place.target].storage, self.after.tensors[place.target]
+        base = storage.read(first, last).to(torch.float64).reshape(last - first, -1)
+        found, unit = storage.reread(tensor, self.after.tensors, first, last)
+        return base, found.reshape(last - first, -1), unit if unit.dim() == 0 else unit.reshape(last - first, -1)
+
+    def _delta(self, site: Site, role: str, place: Place, parts: Sequence[_Part], first: int, last: int) -> torch.Tensor:
+        """Σ weight · Δ of the site's rows first..last, in the file's order."""
+        total: torch.Tensor | None = None
+        for given, entry, weight in parts:
+            del given
+            offset = sum(entry.rows[: entry.sites.index(site)]) if len(entry.sites) > 1 else 0
+            if role == "weight" and not (place.swapped or place.transposed or entry.swapped):
+                part = self._rows(entry, weight, offset + first, offset + last)
+            else:
+                height = entry.rows[entry.sites.index(site)] if len(entry.sites) > 1 else None
+                whole = self._whole_bias(entry, weight) if role == "bias" else self._whole(entry, weight)
+                whole = _halves_swapped(whole) if entry.swapped else whole
+                whole = whole[offset : offset + height] if height is not None else whole
+                whole = _halves_swapped(whole) if place.swapped else whole
+                part = (whole.t() if place.transposed else whole)[first:last]
+            part = part.reshape(last - first, -1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _rows(self, entry: Entry, weight: float, first: int, last: int) -> torch.Tensor:
+        """Rows of one entry's ΔW: through its factors' own rows where the kind has them, else of the whole."""
+        module = entry.module
+        if isinstance(module, Scaled) and type(module).delta_at is Module.delta_at:
+            try:
+                cut = module.rows_between(first, last)
+                found: torch.Tensor = cut.delta() * weight
+                return found
+            except NotExact:
+                pass
+        return self._whole(entry, weight)[first:last]
+
+    def _whole(self, entry: Entry, weight: float) -> torch.Tensor:
+        import torch
+
+        if id(entry) not in self.whole:
+            base = [self._padded(self.places[site, "weight"]) for site in entry.sites]
+            joined = torch.cat(base) if len(base) > 1 else base[0]
+            self.whole[id(entry)] = entry.module.delta_at(weight, _halves_swapped(joined) if entry.swapped else joined)
+        return self.whole[id(entry)]
+
+    def _whole_bias(self, entry: Entry, weight: float) -> torch.Tensor:
+        import torch
+
+        base = torch.cat([exact(self.before.oriented(self.places[site, "bias"])) for site in entry.sites])
+        change = entry.module.bias_delta(_halves_swapped(base) if entry.swapped else base)
+        return torch.zeros_like(base) if change is None else change * weight
+
+    def _padded(self, place: Place) -> torch.Tensor:
+        """A site's weight in its own order, in float64, zero-padded where the output is larger."""
+        import torch
+
+        storage = self.tensors[place.target].storage
+        values = storage.read(place.start, self._stop(place)).to(torch.float64)
+        values = values.reshape(values.shape[0], *storage.shape[1:])
+        values = _halves_swapped(values) if place.swapped else values
+        return values.t().contiguous() if place.transposed else values
+
+
+def _halves_swapped(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.roll(tensor.shape[0] // 2, 0)
+
+
+# dtypes wide enough that a sum in the working precision, and not the last rounding, decides: relative to |W| + |Δ|
+_WIDE = {"F32": 2e-6, "F64": 1e-12}
+
+
+@dataclass
+class _Sums:
+    """What is summed over the blocks of a site. found and target: W' and W + Δ; step: the distance of two neighbours there."""
+
+    stochastic: bool
+    dtype: str
+    count: int = 0
+    strays: int = 0
+    far: int = 0
+    found: float = 0.0  # ⟨W' - W, Δ⟩
+    expected: float = 0.0
+    delta: float = 0.0  # ⟨Δ, Δ⟩
+    noise: float = 0.0  # variance of ⟨W' - W, Δ⟩ by rounding
+    size: float = 0.0  # |W|² + |Δ|²
+    residual: float = 0.0
+    predicted: float = 0.0
+
+    def add(self, base: torch.Tensor, found: torch.Tensor, delta: torch.Tensor, unit: torch.Tensor) -> None:
+        import torch
+
+        target = base + delta
+        nearest = rounded(target / unit, self.dtype).to(torch.float64) * unit
+        step = (spacing(target / unit, self.dtype) * unit).nan_to_num(math.inf)
+        off = (found - (target if self.stochastic else nearest)).abs()
+        self.count += off.numel()
+        self.strays += int((off > 0.25 * step).sum())
+        self.far += int((off > 1.001 * step).sum())
+        self.found += _dot(found - base, delta)
+        self.expected += _dot(target - base if self.stochastic else nearest - base, delta)
+        self.delta += _dot(delta, delta)
+        self.noise += _dot(delta * delta, step * step) / (4 if self.stochastic else 12)
+        self.size += _dot(base, base) + _dot(delta, delta)
+        self.residual += _dot(found - target, found - target)
+        away = (target - nearest).abs()
+        self.predicted += _dot(away, step - away) if self.stochastic else _dot(away, away)
+
+    def check(self, tensor: str, site: str) -> SiteCheck:
+        scale = self.delta or 1.0
+        projection, expected = self.found / scale, self.expected / scale
+        residual, predicted = (math.sqrt(max(value, 0.0) / scale) for value in (self.residual, self.predicted))
+        return SiteCheck(tensor, site, projection, expected, residual, predicted, self._reason(projection - expected))
+
+    def _reason(self, deviation: float) -> str:
+        """What did not hold; "" where everything did."""
+        if not all(map(math.isfinite, (self.found, self.residual))):
+            return "NaN or Inf was written"
+        if self.dtype in _WIDE:
+            allowed = _WIDE[self.dtype] * math.sqrt(self.size)
+            return "" if math.sqrt(self.residual) <= allowed else f"off by {math.sqrt(self.residual):.3g}, rounding allows {allowed:.3g}"
+        if self.far:
+            return f"{self.far} of {self.count} entries are off by more than one step of {self.dtype}"
+        if not self.stochastic and self.strays > STRAYS * self.count + 3:
+            return f"{self.strays} of {self.count} entries are not the nearest values"
+        if abs(deviation) > 6 * math.sqrt(self.noise) / (self.delta or 1.0) + 1e-3:
+            return "the projection on the delta is not what rounding predicts"
+        return ""
+
+
+def _dot(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(first.reshape(-1).dot(second.reshape(-1)))
