@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint bench docs
+.PHONY: setup demo test lint bench bench-merge docs
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -32,6 +32,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
+
+bench-merge: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/merging.py
 
 docs: $(STAMP)
 	$(BIN)/python -m loratools.cli.reference docs

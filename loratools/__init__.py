@@ -3,6 +3,7 @@
     import loratools
     adapter = loratools.load(Path("style.safetensors"))
     loratools.convert(Path("style.safetensors"), None, "diffusers")
+    loratools.merge(Path("base.safetensors"), [(Path("style.safetensors"), 0.8)], Path("merged.safetensors"))
 
 The names below are imported when they are first used, so that `import loratools` costs nothing and never loads torch.
 """
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from loratools.version import VERSION
 
 if TYPE_CHECKING:
+    from loratools.operations.combine import combine
     from loratools.operations.compare import compare
     from loratools.operations.convert import convert
     from loratools.operations.inspect import inspect
+    from loratools.operations.merge import merge
     from loratools.operations.save import load
 
 __version__ = VERSION
@@ -28,9 +31,11 @@ _PUBLIC = {
     "inspect": ("loratools.operations.inspect", "inspect"),
     "convert": ("loratools.operations.convert", "convert"),
     "compare": ("loratools.operations.compare", "compare"),
+    "merge": ("loratools.operations.merge", "merge"),
+    "combine": ("loratools.operations.combine", "combine"),
 }
 
-__all__ = ["__version__", "compare", "convert", "inspect", "load"]
+__all__ = ["__version__", "combine", "compare", "convert", "inspect", "load", "merge"]
 
 
 def __getattr__(name: str) -> Any:

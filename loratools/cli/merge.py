@@ -82,8 +82,8 @@ def show(output: Output, result: dict[str, Any]) -> None:
     if "residual" in result:
         rest = result["residual"]
         output.say(
-            f"residual {rest['path']}: {rest['sites']} sites, rank up to {rest['max_rank']}; gives back {rest['loss_recovered']:.1%} of the "
-            f"loss, delta retained {rest['delta_retained']:.6g} with it"
+            f"residual {rest['path']}: {rest['sites']} sites, rank up to {rest['max_rank']}; gives back "
+            f"{rest['loss_recovered']:.1%} of the loss, delta retained {rest['delta_retained']:.6g} with it"
         )
     if "verify" in result:
         checked = result["verify"]

@@ -24,17 +24,17 @@ from loratools.mapping.fitting import fit_dtype, narrows
 from loratools.mapping.memory import ALPHA, unfolded
 from loratools.mapping.read import Reading, named_architecture
 from loratools.mapping.write import Plan, plan
-from loratools.operations.combined import Job, merged_from, record, told
-from loratools.operations.convert import _dialect_name as dialect_named
-from loratools.operations.convert import _dtype_name as dtype_named
+from loratools.operations.combining.grouping import Input, check, groups
+from loratools.operations.combining.recompress import Fit, Recipe, Unit, declared, distance, shrunk, sparse_norm, value
+from loratools.operations.combining.result import Job, merged_from, record, told
+from loratools.operations.combining.similarity import gram
+from loratools.operations.combining.sparsify import DENSITY, METHODS
+from loratools.operations.combining.units import Target, entry_of, one_kind, with_module
+from loratools.operations.convert import dialect_named as dialect_named
+from loratools.operations.convert import dtype_named as dtype_named
 from loratools.operations.convert import worst
-from loratools.operations.grouping import Input, check, groups
 from loratools.operations.inputs import read_together
-from loratools.operations.recompress import Fit, Recipe, Unit, declared, distance, shrunk, sparse_norm, value
 from loratools.operations.save import write_adapter
-from loratools.operations.similarity import gram
-from loratools.operations.sparsify import DENSITY, METHODS
-from loratools.operations.units import Target, entry_of, one_kind, with_module
 from loratools.report import Report
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor, same_bytes

@@ -54,8 +54,8 @@ def convert(
     unknown: "fail" | "drop" | "keep" for keys no table knows.
     Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1).
     """
-    target = _dialect_name(dialect)
-    wanted = _dtype_name(dtype)
+    target = dialect_named(dialect)
+    wanted = dtype_named(dtype)
     if kind not in (None, "lora"):
         raise UsageError(f"--kind {kind}: only lora can be asked for")
     path = Path(source)
@@ -110,7 +110,7 @@ def worst(problems: list[LoraToolsError]) -> LoraToolsError:
     return first
 
 
-def _dialect_name(name: str) -> str:
+def dialect_named(name: str) -> str:
     import difflib
 
     if name in DIALECTS:
@@ -120,7 +120,7 @@ def _dialect_name(name: str) -> str:
     raise UsageError(f"unknown dialect {name!r}{hint}", details=[", ".join(DIALECTS)], fix="loratools formats lists them")
 
 
-def _dtype_name(name: str | None) -> str | None:
+def dtype_named(name: str | None) -> str | None:
     if name is None:
         return None
     found = _DTYPES.get(name.lower(), name.upper())

@@ -22,7 +22,7 @@ def read_together(
     Raises InputError that names every file's architecture where they differ, UsageError for an alpha that no file needs, and what
     reading raises.
     """
-    alphas = [alpha if alpha is not None and _needs_alpha(path, arch, base) else None for path in paths]
+    alphas = [alpha if alpha is not None and needs_alpha(path, arch, base) else None for path in paths]
     if alpha is not None and not any(value is not None for value in alphas):
         which = {1: "this one records its own", 2: "both of these record their own"}.get(len(paths), "all of these record their own")
         raise UsageError(f"--alpha is for a file that records none; {which}")
@@ -40,7 +40,7 @@ def read_together(
     return readings, adapters
 
 
-def _needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
+def needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
     """Does the file leave some alpha unrecorded, or 0? --alpha speaks only for those."""
     adapter = analyse(open_source(path), arch=arch, base=base).adapter
     return adapter is not None and any(entry.module.rank and not entry.module.alpha for entry in adapter.entries)

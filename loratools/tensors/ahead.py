@@ -2,11 +2,12 @@
 
     blocks of the declared tensors, in order  →  a pool of threads  →  a bounded window  →  TensorSink
 
-A worker takes the next block only while the window is open: at most 2·threads + 2 blocks taken and not written, and less
-than 64 MiB of finished ones. The oldest block is always taken first, so the window cannot block itself. Runs of tensors
-that lie behind one another in one file and stay untouched are one piece of work, copied by the kernel where no hash needs
-their bytes. Invariants: the bytes do not depend on `threads`; a block's exception is the caller's; no thread outlives
-the call. torch runs with one thread in each worker; it is imported only if something has to be computed.
+A worker takes the next block only while the window is open: at most 32 blocks taken and not written, and less than 64 MiB
+of finished ones. The oldest block is always taken first, so the window cannot block itself. Runs of tensors that lie behind
+one another in one file and stay untouched are one piece of work; where no hash needs their bytes the kernel copies them, first
+of all, while the workers import torch and begin to compute. Invariants: the bytes do not depend on `threads`; a block's
+exception is the caller's; no thread outlives the call. torch runs with one thread in each worker; it is imported only if
+something has to be computed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from loratools.tensors.lazy import BytesTensor, LazyTensor, ReshapedTensor, Stor
 from loratools.tensors.writer import TensorSink
 
 WINDOW = 64 << 20  # bytes of finished blocks above which no further block is begun
+BLOCKS = 32  # blocks taken and not yet written
 _RUN = 64 << 20  # bytes after which a run of untouched tensors is cut: progress is told between two pieces of work
 
 Block = Callable[[], bytes | memoryview]
@@ -34,7 +36,7 @@ def write_all(sink: TensorSink, tensors: Mapping[str, LazyTensor], threads: int,
     threads: how many blocks are computed at a time (at least one). progress: called with the bytes of tensors written so far.
     Raises what a block raises, WriteError, and LoraToolsError when `tensors` are not the declared ones.
     """
-    jobs = _jobs(sink, tensors)
+    jobs = sorted(_jobs(sink, tensors), key=lambda job: job.ahead)  # stable: the order of the declarations within both parts
     work = ((number, block) for number, job in enumerate(jobs) if job.ahead for block in job.tensor.blocks())
     done = 0
     workers = max(1, threads) if any(job.ahead for job in jobs) else 0
@@ -106,13 +108,22 @@ def _one_torch_thread(needed: bool) -> Iterator[Callable[[], object]]:
     if not needed:
         yield lambda: None
         return
-    import torch
+    lock, before = threading.Lock(), list[int]()
 
-    before = torch.get_num_threads()
+    def prepare() -> None:
+        import torch  # here: the first worker imports it while the caller copies
+
+        with lock:
+            before.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+
     try:
-        yield lambda: torch.set_num_threads(1)
+        yield prepare
     finally:
-        torch.set_num_threads(before)  # a worker's setting is also that of threads which start later
+        if before:
+            import torch
+
+            torch.set_num_threads(before[0])  # a worker's setting is also that of threads which start later
 
 
 @dataclass
@@ -129,7 +140,7 @@ class _Pool:
     """Threads that take blocks from `work` in order; `results` gives them back in the same order."""
 
     def __init__(self, work: Iterable[tuple[int, Block]], threads: int, prepare: Callable[[], object]) -> None:
-        self.work, self.prepare, self.window = iter(work), prepare, 2 * threads + 2
+        self.work, self.prepare, self.window = iter(work), prepare, BLOCKS
         self.changed = threading.Condition()
         self.slots: deque[_Slot] = deque()
         self.ready = 0  # bytes of finished blocks in `slots`

@@ -27,6 +27,9 @@ _EXIT = re.compile(r"\s+# exit (\d)$")
 _NOISE = re.compile(r"\b\d(?:\.\d+)?e-(?:0[89]|[1-9]\d)\b")
 _ZERO = re.compile(r'(?<=relative error )0\b|(?<=relative_error": )0\.0\b')
 _LONG = re.compile(r"\b\d+\.\d{7,}\b")
+_MEASURED = re.compile(
+    r'(?<= in )[\d.e-]+(?= s, peak memory)|(?<=peak memory )[\d.e+]+(?= MB)|(?<="seconds": )[\d.]+|(?<="peak_rss_mb": )[\d.]+'
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def tidy(output: str, *, as_json: bool = False) -> tuple[str, ...]:
 
 
 def same(shown: tuple[str, ...], printed: tuple[str, ...]) -> bool:
-    """Is this what the page shows? `...` is any lines; rounding noise and digits past the sixth are not compared."""
+    """Is this what the page shows? `...` is any lines; rounding noise, digits past the sixth, time and memory are not compared."""
     if not shown:
         return not printed
     first, *rest = shown
@@ -111,5 +114,6 @@ def same(shown: tuple[str, ...], printed: tuple[str, ...]) -> bool:
 
 def _plain(line: str) -> str:
     """A line without what another processor may round differently, and without the width of a table that holds it."""
+    line = _MEASURED.sub("~", line)
     line = _LONG.sub(lambda match: f"{float(match[0]):.6g}", _ZERO.sub("~0", _NOISE.sub("~0", line)))
     return re.sub(r"[ ─]+", " ", line).strip()

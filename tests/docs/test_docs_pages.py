@@ -87,20 +87,28 @@ def test_every_page_is_linked_from_the_index() -> None:
     assert {path.name for path in ROOT.glob("docs/*.md")} - {"index.md"} <= linked
 
 
+# command → what is run to see all keys its JSON object can have
+RUNS = {
+    "inspect": ["broken.safetensors --modules --hashes"],
+    "convert": ["style.safetensors --to diffusers --dry-run"],
+    "compare": ["style.safetensors style.safetensors --modules"],
+    "combine": ["tenth.safetensors tenth.safetensors both.safetensors --dry-run"],
+    "merge": [
+        "corner-sd15.safetensors ink.safetensors planned.safetensors --dry-run",
+        "corner-sd15.safetensors ink.safetensors merged.safetensors --verify --residual rest.safetensors",
+    ],
+    "metadata": ["chat-peft"],
+}
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if (ROOT / "docs" / f"{name}.md").exists() and name != "formats"])
 def test_a_page_lists_the_json_keys(name: str, workplace: Path) -> None:
     """The table under "JSON" names every key of the object, and no other."""
-    arguments = {
-        "inspect": ["broken.safetensors", "--modules", "--hashes"],
-        "convert": ["style.safetensors", "--to", "diffusers", "--dry-run"],
-        "compare": ["style.safetensors", "style.safetensors", "--modules"],
-        "metadata": ["chat-peft"],
-    }[name]
-    printed = json.loads(CliRunner().invoke(cli, [name, *arguments, "--json"]).stdout)
+    objects = [json.loads(CliRunner().invoke(cli, [name, *shlex.split(line), "--json"]).stdout) for line in RUNS[name]]
     section = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").partition("## JSON")[2].partition("## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     listed = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
-    assert listed - {"checkpoint"} == set(printed)
+    assert listed - {"checkpoint"} == {key for found in objects for key in found}
 
 
 # architecture → what the README calls it
@@ -150,6 +158,17 @@ CAST = {
     "peft_folder": "sketch-peft",
     "adapter_folder": "sketch-peft",
 }
+# and where a base is among them: adapters that fit it
+CAST_OF_MERGE = {
+    "sd_xl_base_1.0.safetensors": "corner-sd15.safetensors",
+    "base.safetensors": "corner-sd15.safetensors",
+    "merged.safetensors": "corner-sd15.safetensors",
+    "pipeline_folder": "corner-pipeline",
+    "llama_folder": "chat-base",
+    "style.safetensors": "ink.safetensors",
+    "face.safetensors": "portrait-dora.safetensors",
+    "adapter_folder": "chat-peft",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -158,6 +177,7 @@ def test_examples_of_the_help_run(name: str, workplace: Path, tmp_path: Path, mo
     context = click.Context(cli, info_name="loratools", **cli.context_settings)
     command = cli.get_command(context, name)
     assert isinstance(command, options.Command)
+    cast = CAST_OF_MERGE if name == "merge" else CAST
     for number, line in enumerate(command.examples.strip().splitlines()):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -165,11 +185,11 @@ def test_examples_of_the_help_run(name: str, workplace: Path, tmp_path: Path, mo
         found, _, last = line.strip().rpartition(" | ")
         _, _, *arguments = shlex.split(last)
         parameters = command.make_context(name, list(arguments), parent=context).params
-        inputs = [parameters[key] for key in ("source", "a", "b") if key in parameters] + list(parameters.get("paths", ()))
-        for path in inputs:
-            _play(Path("style.safetensors") if path.name in ("-", "*.safetensors") else path, workplace)
+        inputs = [parameters[key] for key in ("source", "a", "b", "base") if parameters.get(key)] + list(parameters.get("paths", ()))
+        for path in [*inputs, *(path for path, _ in parameters.get("adapters", ()))]:
+            _play(Path("style.safetensors") if path.name in ("-", "*.safetensors") else path, workplace, cast)
             if path.name == "*.safetensors":
-                _play(Path("loras", "style.safetensors"), workplace)
+                _play(Path("loras", "style.safetensors"), workplace, cast)
         if "--alpha" in arguments:  # an alpha is asked for: the folder has lost its own
             config = folder / "adapter_folder" / "adapter_config.json"
             config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "lora_alpha": None}), encoding="utf-8")
@@ -177,10 +197,10 @@ def test_examples_of_the_help_run(name: str, workplace: Path, tmp_path: Path, mo
         assert result.exit_code in (0, 4), f"{line}\n{result.output}"
 
 
-def _play(path: Path, workplace: Path) -> None:
+def _play(path: Path, workplace: Path, cast: dict[str, str]) -> None:
     """Put the example file that plays `path` there, in the current folder."""
     path.parent.mkdir(exist_ok=True)
-    source = workplace / CAST.get(path.name, path.name)
+    source = workplace / cast.get(path.name, path.name)
     if source.is_dir():
         shutil.copytree(source, path)
     else:
@@ -235,6 +255,10 @@ def test_pages_keep_to_140_columns_in_prose() -> None:
         (['  "cosine": 0.9994058478795843,'], ['  "cosine": 0.9994058478795999,'], True),
         (['  "cosine": 0.9994058478795843,'], ['  "cosine": 0.9993058478795843,'], False),
         ([" site     error", " ───────────"], [" site  error", " ────────"], True),
+        (["wrote a in 1.34 s, peak memory 268 MB"], ["wrote a in 0.0213 s, peak memory 1.1e+03 MB"], True),
+        (["wrote a in 1.34 s, peak memory 268 MB"], ["wrote b in 1.34 s, peak memory 268 MB"], False),
+        (['  "seconds": 1.341,', '  "peak_rss_mb": 268.3'], ['  "seconds": 0.21,', '  "peak_rss_mb": 512.0'], True),
+        (["changed in 12 tensors"], ["changed in 13 tensors"], False),
     ],
 )
 def test_what_counts_as_the_same_output(shown: list[str], printed: list[str], expected: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loratools.operations.combine import combine
-from loratools.operations.sparsify import METHODS, Draw, dare, ties, trim
+from loratools.operations.combining.sparsify import METHODS, Draw, dare, ties, trim
 from tests.operations.made import ATTENTION, CONV, PROJ, SHAPES, Make, Save, dense, factors, kohya, kohya_file
 from tests.reference import deltas
 

@@ -189,6 +189,21 @@ def test_sums_are_rounded_once(dtype: torch.dtype, factors: torch.dtype, tmp_pat
         assert [key for key in base if not torch.equal(other[key], after[key])] == []
 
 
+@pytest.mark.parametrize("verify", [False, True], ids=["", "verified"])
+@pytest.mark.parametrize("dtype", HALF, ids=named)
+def test_where_weight_and_delta_cancel(dtype: torch.dtype, verify: bool, tmp_path: Path) -> None:
+    """W ≈ -Δ: what is left is as small as the error of a sum in float32, which is then many steps of its own. In every model of some
+    size such entries are there by chance."""
+    pairs = pairs_for(hand.language_model(256, torch.float32), 1.0)
+    base = hand.language_model(256, dtype)
+    base |= {key: hand.nearest(-pairs[key.removesuffix(".weight")].delta(), dtype).to(dtype) for key in WEIGHTS}
+    adapter, source = hand.peft(tmp_path / "adapter", pairs), hand.save(tmp_path / "base.safetensors", base)
+    merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", verify=verify)
+    after = load_file(tmp_path / "out.safetensors")
+    for key in WEIGHTS:
+        near(after[key], hand.nearest(base[key].double() + pairs[key.removesuffix(".weight")].delta(), dtype), dtype)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["float32", "float64"])
 def test_wide_dtypes(dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
     """Each entry within 1e-6 of |W| + Σ |products summed|, the whole within 1e-7; +1 and then -1 gives the base back to that."""

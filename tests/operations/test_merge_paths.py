@@ -246,7 +246,7 @@ def both_layouts(tmp_path: Path, adapter: Path, weight: float) -> Iterator[tuple
 def test_fused_modules(kind: str, way: list[str], tmp_path: Path) -> None:
     """The formula holds on the fused, exchanged layers of the file as it stands; in-axis DoRA, BOFT and GLoRA cannot be split."""
     leaves, weight = KINDS[kind][0], 0.6
-    names = list(FUSED)
+    names = [name for name in FUSED if (kind, name) != ("ia3 in", LINEAR1)]  # a vector over inputs does not tell how wide the mlp is
     modules = {name: leaves(tuple(hand.flux()[f"{name}.weight"].shape)) for name in names}
     adapter = hand.lycoris(tmp_path / "adapter.safetensors", modules)
     by_name = {entry.name: entry.module for entry in loratools.load(adapter, arch="flux").entries}
@@ -315,7 +315,7 @@ def test_regions_of_a_tensor_larger_than_a_block(tmp_path: Path) -> None:
     assert h % (arithmetic.BLOCK // h), "k begins where a block does"
     for dtype in (torch.float32, torch.bfloat16):
         base = hand.flux(dtype, h)
-        pairs = {f"{BLOCK}.to_{part}": hand.pair((h, h), 8, 8.0, seed).sized(0.1, base[f"{QKV}.weight"]) for seed, part in enumerate("qkv")}
+        pairs = {f"{BLOCK}.to_{part}": hand.pair((h, h), 8, 8.0, seed).sized(0.002, base[f"{QKV}.weight"]) for seed, part in enumerate("qkv")}
         tensors = {f"transformer.{name}.lora_{leaf}.weight": value for name, one in pairs.items() for leaf, value in (("A", one.down), ("B", one.up))}  # fmt: skip
         adapter = hand.save(tmp_path / f"{dtype}.safetensors", tensors)
         source, out = hand.save(tmp_path / "base.safetensors", base), tmp_path / f"{dtype}-out.safetensors"

@@ -131,9 +131,9 @@ def test_blocks_are_the_chunks(stored: Any) -> None:
 # --- the window ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "most"), [(1 << 30, 8), (250, 2 + 3)])
+@pytest.mark.parametrize(("limit", "most"), [(1 << 30, ahead.BLOCKS), (250, 2 + 3)])
 def test_the_window_is_bounded(limit: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 threads: 8 blocks by number; by bytes, 100 each: still open with 2 finished ones, and then each thread may take one."""
+    """3 threads: so many blocks by number; by bytes, 100 each: still open with 2 finished ones, and then each thread may take one."""
     monkeypatch.setattr(ahead, "WINDOW", limit)
     begun, seen = [0], []
     lock = threading.Lock()

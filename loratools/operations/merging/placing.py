@@ -78,6 +78,7 @@ class Placement:
     regions: dict[str, list[Region]] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)  # tensors of the base that have another shape than the adapter changes
     passed_over: int = 0  # sites the selection leaves out
     silent: int = 0  # sites of weight 0
     grown: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its new shape
@@ -153,6 +154,7 @@ def _place(term: Term, base: Base, placement: Placement) -> None:
         trouble = _misfit(term, base.tensors[weight.key].shape, weight, placement)
         if trouble:
             placement.problems.append(f"{where}: {trouble}")
+            placement.misfits.append(weight.key)
             return
         placement.at(weight, term.site, "weight").terms.append(term)
     if bias is not None:

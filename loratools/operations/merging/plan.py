@@ -17,6 +17,7 @@ from loratools.mapping.checkpoints import CheckpointGuess, identify
 from loratools.mapping.read import analyse, checked, tables_of
 from loratools.mapping.selection import Selection
 from loratools.operations.convert import worst
+from loratools.operations.inputs import needs_alpha
 from loratools.operations.merging.lineage import file_digest
 from loratools.operations.merging.placing import Given, Placement, Region, place_all
 from loratools.operations.merging.untying import Edits, language_edits, missing_tokens
@@ -75,24 +76,26 @@ def prepare(
         raise worst([error, *problems, *output_problems(output, inputs, force=force)]) from error
     guess = identify({name: tensor.shape for name, tensor in source.tensors.items()})
     given: list[Given] = []
+    settled = False
     for position, (path, weight) in enumerate(adapters):
         try:
-            given.append(_given(path, weight, position, base, guess, arch, alpha))
+            mine = alpha if alpha is not None and needs_alpha(path, arch, base) else None
+            settled = settled or mine is not None
+            given.append(_given(path, weight, position, base, guess, arch, mine))
             inputs += given[-1].files
         except LoraToolsError as error:
             problems.append(error)
     problems += output_problems(output, [*inputs, *source.files], force=force, nbytes=layout.nbytes)
     problems += _form_problems(output, layout)
+    if alpha is not None and len(given) == len(adapters) and not settled:
+        problems.append(UsageError("--alpha is for an adapter that records none; all of these record their own"))
     if not given:
         raise worst(problems)
     given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
     bases = {one.architecture.name: Base(source, one.architecture) for one in given}
     problems += _residual_inits(given)
-    for name in bases:
-        sites = {
-            one.name: {site for entry in one.adapter.entries for site in entry.sites} for one in given if one.architecture.name == name
-        }
-        problems += selection.problems(sites, next(one.architecture for one in given if one.architecture.name == name))
+    for name, opened in bases.items():
+        problems += selection.problems(_sites(given, name), opened.architecture)
     placement = place_all(given, bases, selection)
     config = _config_of(source)
     edits = _language(placement, bases, given, config)
@@ -219,8 +222,7 @@ def _quantised(source: TensorSource, placement: Placement, config: Path | None) 
     settings = json.loads(config.read_text("utf-8")) if config is not None else None
     known = unsupported(source.tensors, settings, source.metadata)
     found = []
-    for key, regions in placement.regions.items():
-        stored = regions[0].place.key if regions else key
+    for stored in [*(regions[0].place.key if regions else key for key, regions in placement.regions.items()), *placement.misfits]:
         kind = known.get(stored) or known.get(stored.rpartition(".")[0])
         if kind is None and stored in source.tensors and source.tensors[stored].dtype not in (*FLOATS, *EIGHT_BIT):
             kind = f"dtype {source.tensors[stored].dtype}"

@@ -87,6 +87,8 @@ def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) 
         gain += mine @ (change @ right)
     first, values, second = torch.linalg.svd(core)
     kept = int((values > values.max() * 1e-9).sum()) if values.numel() and float(values.max()) else 0
+    if not kept:  # every sum was a value of the dtype, or B is zero
+        return Lora({}), 0.0, 0.0
     root = values[:kept].sqrt()
     up, down = (left @ first[:, : values.numel()])[:, :kept] * root, root[:, None] * (second[: values.numel()] @ right.t())[:kept]
     if place.swapped:
@@ -98,7 +100,7 @@ def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) 
         "down": from_torch(down.to(torch.float32).reshape(kept, -1, *kernel).contiguous()),
         "up": from_torch(up.to(torch.float32).reshape(-1, kept, *(1 for _ in kernel)).contiguous()),
     }
-    return Lora(factors, float(kept) if kept else None), float(values.square().sum()), float((core * gain).sum())
+    return Lora(factors, float(kept)), float(values.square().sum()), float((core * gain).sum())
 
 
 def _sides(region: Region) -> tuple[torch.Tensor, torch.Tensor] | None:

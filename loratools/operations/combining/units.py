@@ -19,8 +19,8 @@ from loratools.mapping.dialects import Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
 from loratools.mapping.memory import remembered_forms, usual_form
 from loratools.mapping.rules import Row
-from loratools.operations.grouping import Group
-from loratools.operations.recompress import Unit
+from loratools.operations.combining.grouping import Group
+from loratools.operations.combining.recompress import Unit
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from loratools.adapters.adapter import Site
 from loratools.adapters.kinds import Dense
 from loratools.mapping.read import Reading
 from loratools.mapping.write import Plan
-from loratools.operations.grouping import Input
-from loratools.operations.recompress import Fit, Recipe, Unit
-from loratools.operations.similarity import Gram, cosines, summed, weighted_norm
-from loratools.operations.units import Target
+from loratools.operations.combining.grouping import Input
+from loratools.operations.combining.recompress import Fit, Recipe, Unit
+from loratools.operations.combining.similarity import Gram, cosines, summed, weighted_norm
+from loratools.operations.combining.units import Target
 from loratools.tensors.header import open_bytes
 from loratools.tensors.lazy import CHUNK, LazyTensor
 from loratools.tensors.writer import kept_aside

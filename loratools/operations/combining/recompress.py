@@ -18,8 +18,8 @@ from loratools.adapters import factors as fac
 from loratools.adapters.adapter import Module, Site
 from loratools.adapters.kinds import Dense, Lora
 from loratools.adapters.sums import Combined, Term, bias_of, low_rank, plain_lora, with_bias
-from loratools.operations.grouping import Group
-from loratools.operations.sparsify import METHODS, Draw
+from loratools.operations.combining.grouping import Group
+from loratools.operations.combining.sparsify import METHODS, Draw
 from loratools.tensors.lazy import LazyTensor, from_torch, torch_dtype
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from loratools.adapters import algebra
 from loratools.adapters.sums import Term
-from loratools.operations.recompress import Unit, value
+from loratools.operations.combining.recompress import Unit, value
 
 if TYPE_CHECKING:
-    from loratools.operations.recompress import Value
+    from loratools.operations.combining.recompress import Value
 
 Gram = list[list[float]]
 
