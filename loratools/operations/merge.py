@@ -86,7 +86,7 @@ def merge(
     work = _work(plan, dtype, Rounding(rounding == "stochastic", seed))
     if dry_run:
         planned = _result(plan, work, Path(base), Path(output), given, started, None, None)
-        return {**planned, "plan": {"tensors": planned["tensors"], "bytes": plan.layout.nbytes}}
+        return {**planned, "plan": {"tensors": planned["tensors"], "bytes": _nbytes(plan, work)}}
     options = {"component": component, "include": include, "exclude": exclude, "dtype": dtype, "arch": arch, "alpha": alpha,
                "rounding": rounding if rounding != "nearest" else None, "seed": seed or None}  # fmt: skip
     record = _record(plan, {name: value for name, value in options.items() if value}, block_weights, hash_base)
@@ -107,7 +107,7 @@ def merge(
         force=force,
         threads=threads or len(os.sched_getaffinity(0)),
         check=check,
-        progress=(lambda done: progress(done, plan.layout.nbytes)) if progress else None,
+        progress=(lambda done: progress(done, _nbytes(plan, work))) if progress else None,
     )
     recovered = None
     if residual is not None:
@@ -156,6 +156,12 @@ def _work(plan: MergePlan, dtype: str | None, rounding: Rounding) -> _Work:
             base = next(iter(plan.bases.values()))
             work.replaced[key] = MergedTensor(key, Storage(key, plain, str(dtype), plain.shape, rounding), [], base)
     return work
+
+
+def _nbytes(plan: MergePlan, work: _Work) -> int:
+    """Bytes of everything that will be written: the base's, and what other dtypes and new tensors add to them."""
+    grown = sum(tensor.nbytes - plan.source.tensors[key].nbytes for key, tensor in work.replaced.items())
+    return plan.layout.nbytes + grown + sum(tensor.nbytes for _, tensor in work.added.values())
 
 
 def _record(plan: MergePlan, options: Mapping[str, Any], block_weights: Path | str | None, whole: bool) -> dict[str, Any]:

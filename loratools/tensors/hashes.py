@@ -20,6 +20,7 @@ from loratools.tensors.lazy import CHUNK, ByteFile
 
 LEGACY_WINDOW = (0x100000, 0x110000)
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+MODELSPEC_HASH = "modelspec.hash_sha256"  # 0x + sha256 of everything after the header (Stability's modelspec)
 
 
 def sha256_file(path: Path | str) -> str:
@@ -57,21 +58,25 @@ def legacy_hash(entries: Mapping[str, Entry], metadata: Mapping[str, str], read_
 
 
 def stored_hash_problems(path: Path | str, metadata: Mapping[str, str]) -> list[Finding]:
-    """An error for each sshs hash in `metadata` that is not the file's own: bytes changed after it was taken."""
-    if not metadata.keys() & {MODEL_HASH, LEGACY_HASH}:
+    """A finding for each hash in `metadata` that is not the file's own: bytes changed after it was taken.
+
+    An error for those of sd-scripts; a warning for modelspec's, which some writers take of something else.
+    """
+    if not metadata.keys() & {MODEL_HASH, LEGACY_HASH, MODELSPEC_HASH}:
         return []
     file, size = open_bytes(Path(path))
     header = parse_header(file, size)
     truth: dict[str, Callable[[], str]] = {
         MODEL_HASH: lambda: digest_range(file, header.data_start, size),
         LEGACY_HASH: lambda: legacy_of_file(file, header, size, metadata),
+        MODELSPEC_HASH: lambda: "0x" + digest_range(file, header.data_start, size),
     }
     findings = []
     for key in sorted(truth.keys() & metadata.keys()):
         if metadata[key] != (value := truth[key]()):
             stored = printable(metadata[key][:64])
             message = f"stored {key} {stored} is not the file's: {value}; it was copied, or taken before the last change"
-            findings.append(Finding("error", "stale-hash", key, message))
+            findings.append(Finding("warning" if key == MODELSPEC_HASH else "error", "stale-hash", key, message))
     return findings
 
 

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from loratools.errors import LoraToolsError
 from loratools.tensors.atomic import AtomicFile, WriteResult, write_errors
-from loratools.tensors.hashes import LEGACY_HASH, MODEL_HASH, legacy_hash
+from loratools.tensors.hashes import LEGACY_HASH, MODEL_HASH, MODELSPEC_HASH, legacy_hash
 from loratools.tensors.header import Entry, printable, render_header
 from loratools.tensors.lazy import CHUNK, ByteFile, LazyTensor, StoredTensor
 
-MODELSPEC_HASH = "modelspec.hash_sha256"  # 0x + sha256 of everything after the header (Stability's modelspec)
 # header key of a hash → a value of its length, until the payload is known
 STAMPS = {LEGACY_HASH: "0" * 8, MODEL_HASH: "0" * 64, MODELSPEC_HASH: "0x" + "0" * 64}
 _COALESCE = 1 << 20  # bytes of small tensors gathered before they are written

@@ -29,36 +29,25 @@ from loratools.operations.merge import merge
 from loratools.tensors import atomic
 from tests.hostile.conftest import tree
 from tests.operations.made import render
+from tests.operations.merged import STEMS, modulations
 
 pytestmark = [pytest.mark.hostile, pytest.mark.filterwarnings("ignore")]
 
-STEMS = [f"double_blocks.{block}.img_mod.lin" for block in range(3)]
-WIDE, NARROW = 960, 160
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["torch", "loratools.cli.main", "loratools.operations.merge"])
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base.safetensors, base (shards in a folder) and style.safetensors: Flux modulations, 1.8 MB in several writes."""
+    """base.safetensors, base (shards in a folder) and style.safetensors: 1.8 MB in several writes."""
     folder, noise = tmp_path_factory.mktemp("inputs"), torch.Generator().manual_seed(5)
-    tensors = {f"{stem}.weight": torch.randn(WIDE, NARROW, generator=noise) for stem in STEMS}
-    tensors |= {f"{stem}.bias": torch.randn(WIDE, generator=noise) for stem in STEMS}
-    (folder / "base.safetensors").write_bytes(render(tensors, {"kept": "yes"}))
+    modulations(folder, 960, 160)
     _shards(folder / "base", {f"model.{key}": value for key, value in _llama(noise).items()})
-    adapter = {}
-    for stem in STEMS:
-        flat = "lora_unet_" + stem.replace(".", "_")
-        adapter |= {f"{flat}.lora_up.weight": torch.randn(WIDE, 4, generator=noise)}
-        adapter |= {f"{flat}.lora_down.weight": torch.randn(4, NARROW, generator=noise), f"{flat}.alpha": torch.tensor(2.0)}
-    (folder / "style.safetensors").write_bytes(render(adapter))
     factors = {}
     for layer in range(3):
         stem = f"base_model.model.model.layers.{layer}.mlp.up_proj"
-        factors |= {
-            f"{stem}.lora_A.weight": torch.randn(4, 64, generator=noise),
-            f"{stem}.lora_B.weight": torch.randn(512, 4, generator=noise),
-        }
+        factors |= {f"{stem}.lora_A.weight": torch.randn(4, 64, generator=noise)}
+        factors |= {f"{stem}.lora_B.weight": torch.randn(512, 4, generator=noise)}
     (folder / "words").mkdir()
     (folder / "words" / "adapter_model.safetensors").write_bytes(render(factors))
     (folder / "words" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
@@ -306,9 +295,8 @@ def test_a_failed_check_leaves_no_output(job: tuple[Path, Path, Path], run: Any,
 
 def test_a_value_that_overflows_leaves_no_output(inputs: Path, run: Any, tmp_path: Path) -> None:
     """Half of the file is written when it shows: exit 3, nothing is there."""
-    ended = run(
-        "merge", inputs / "base.safetensors", f"{inputs / 'style.safetensors'}:1e6", tmp_path / "out.safetensors", "--dtype", "fp16"
-    )
+    base, adapter = inputs / "base.safetensors", f"{inputs / 'style.safetensors'}:1e6"
+    ended = run("merge", base, adapter, tmp_path / "out.safetensors", "--dtype", "fp16")
     assert ended.exit_code == 3
     assert STEMS[0] in ended.stderr
     assert tree(tmp_path) == {}

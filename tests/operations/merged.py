@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fixtures import adapters, checkpoints, layouts
-from tests.operations.made import NAMES, parts
+from tests.operations.made import NAMES, parts, render
 from tests.parity.merging import Factors
 
 State = dict[str, torch.Tensor]
@@ -205,3 +205,24 @@ def assert_lineage(before: Raw, after: Raw, given: Sequence[tuple[Path, float]],
 def whole(path: Path) -> State:
     """All floating tensors of a file or a folder without sub-folders, in float64."""
     return {key: raw.tensor(key) for file in weights(path).values() for raw in [Raw.of(file)] for key in raw.entries}
+
+
+# ------------------------------------------------------------------------------------------------- a base in a few milliseconds
+
+STEMS = [f"double_blocks.{block}.img_mod.lin" for block in range(3)]
+
+
+def modulations(folder: Path, rows: int = 48, columns: int = 8) -> tuple[Path, Path]:
+    """(base.safetensors, style.safetensors): three of Flux' modulations with their biases, and a kohya adapter of alpha 2 and rank 4."""
+    noise = torch.Generator().manual_seed(5)
+    tensors = {f"{stem}.weight": torch.randn(rows, columns, generator=noise) for stem in STEMS}
+    tensors |= {f"{stem}.bias": torch.randn(rows, generator=noise) for stem in STEMS}
+    adapter = {}
+    for stem in STEMS:
+        flat = "lora_unet_" + stem.replace(".", "_")
+        adapter |= {f"{flat}.lora_up.weight": torch.randn(rows, 4, generator=noise)}
+        adapter |= {f"{flat}.lora_down.weight": torch.randn(4, columns, generator=noise), f"{flat}.alpha": torch.tensor(2.0)}
+    files = {"base.safetensors": render(tensors, {"kept": "yes"}), "style.safetensors": render(adapter)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder / "base.safetensors", folder / "style.safetensors"

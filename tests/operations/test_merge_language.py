@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fixtures import checkpoints, language_models, make
-from loratools.errors import InputError, LoraToolsError, UnsupportedError
+from loratools.errors import InputError, LoraToolsError
 from loratools.operations.merge import merge
 from tests.operations.made import written
 from tests.operations.merged import Change, Raw, State, assert_merged, assert_sum, weights, whole

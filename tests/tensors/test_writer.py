@@ -648,3 +648,13 @@ def test_stamped_shards_are_refused(tmp_path: Path) -> None:
 
 def test_registry_of_temporaries_is_empty_afterwards() -> None:
     assert not atomic._ACTIVE
+
+
+def test_a_stale_modelspec_hash_is_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    payload = bytes(range(8))
+    write_safetensors(path, {"a": BytesTensor(payload, "U8", (8,))}, {"modelspec.hash_sha256": ""})
+    stored = "0x" + hashlib.sha256(payload).hexdigest()
+    assert stored_hash_problems(path, {"modelspec.hash_sha256": stored}) == []
+    (found,) = stored_hash_problems(path, {"modelspec.hash_sha256": stored[:-1] + "g"})
+    assert (found.severity, found.code, found.site) == ("warning", "stale-hash", "modelspec.hash_sha256")
