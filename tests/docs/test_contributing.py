@@ -107,6 +107,34 @@ def test_the_new_architecture_converts_and_returns(sparrow: Any, kohya_file: Pat
     assert all(torch.equal(again[key], before[key]) for key in before)
 
 
+def test_the_new_architecture_merges(sparrow: Any, kohya_file: Path, tmp_path: Path) -> None:
+    """Into a base in either naming, and nothing that the adapter does not change moves."""
+    shapes = {_dotted(name): shape for name, shape in KOHYA.items()} | {"blocks.2.mlp_up": (4 * H, H)}  # the last has no module
+    noise = torch.Generator().manual_seed(6)
+    weights = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
+    apart = {name: weights[_dotted(source)][list(rows)] for name, (source, rows) in DIFFUSERS.items()}
+    adapter = load_file(kohya_file)
+    for base in (weights, apart):
+        save_file({f"{name}.weight": tensor.clone() for name, tensor in base.items()}, tmp_path / "base.safetensors")
+        loratools("merge", tmp_path / "base.safetensors", kohya_file, tmp_path / "merged.safetensors", "--force", "--verify")
+        merged = load_file(tmp_path / "merged.safetensors")
+        places = {_dotted(source): (source, range(shape[0])) for source, shape in KOHYA.items()} if base is weights else DIFFUSERS
+        for name, tensor in base.items():
+            change = torch.zeros(())
+            if name in places:
+                source, rows = places[name]
+                change = delta(adapter, f"lora_unet_{source}.lora_up.weight", f"lora_unet_{source}.lora_down.weight", ALPHA / RANK)[
+                    list(rows)
+                ]
+            torch.testing.assert_close(merged[f"{name}.weight"].double(), tensor.double() + change, rtol=1e-6, atol=1e-6)
+
+
+def _dotted(name: str) -> str:
+    """A kohya name in the words of the page's table."""
+    names = ("patch_in", "blocks.0.mixer.qkv", "blocks.0.mixer.out", "blocks.1.mlp_up", "blocks.1.mlp_down", "last.modulation")
+    return next(dotted for dotted in names if dotted.replace(".", "_") == name)
+
+
 def test_the_new_dialect_is_written_and_read(sparrow: Any, kohya_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studio = example("STUDIO")["STUDIO"]
     monkeypatch.setitem(DIALECTS, studio.name, studio)

@@ -116,7 +116,7 @@ def test_a_large_base_costs_what_a_small_one_does(tmp_path: Path) -> None:
 
 def test_verification_and_residual_read_in_blocks(tmp_path: Path) -> None:
     """Both in float64, from factors of rank 64; neither holds a weight (256 MiB there). What is reported is the process' own maximum."""
-    seen = merged(base(tmp_path / "base", 3, 1), lora(tmp_path / "lora.safetensors", 3), verify=True, residual=str(tmp_path / "rest"))
-    assert (seen["verify"]["sites"], seen["residual"]["sites"]) == (3, 3)  # type: ignore[index]
+    seen = merged(base(tmp_path / "base", 2, 1), lora(tmp_path / "lora.safetensors", 2), verify=True, residual=str(tmp_path / "rest"))
+    assert (seen["verify"]["sites"], seen["residual"]["sites"]) == (2, 2)  # type: ignore[index]
     assert seen["grown"] < LIMIT
     assert seen["reported"] == pytest.approx(seen["grown"], abs=40 * MIB)

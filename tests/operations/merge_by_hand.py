@@ -125,7 +125,11 @@ def pair(shape: Sequence[int], rank: int = 4, alpha: float = 2.0, seed: int = 0,
 def peft(folder: Path, pairs: Mapping[str, Pair]) -> Path:
     """A PEFT folder for a language model; all pairs have one rank and one alpha."""
     folder.mkdir(parents=True)
-    tensors = {f"base_model.model.{name}.lora_{leaf}.weight": value for name, (up, down) in _ab(pairs) for leaf, value in zip("BA", (up, down), strict=True)}
+    tensors = {
+        f"base_model.model.{name}.lora_{leaf}.weight": value
+        for name, (up, down) in _ab(pairs)
+        for leaf, value in zip("BA", (up, down), strict=True)
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
     first = next(iter(pairs.values()))
     config = {"peft_type": "LORA", "r": first.rank, "lora_alpha": first.alpha, "target_modules": list(pairs)}
@@ -146,6 +150,12 @@ def kohya(path: Path, pairs: Mapping[str, Pair], prefix: str = "lora_unet_") -> 
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": alpha}
     save_file(tensors, path)
     return path
+
+
+def diffusers(path: Path, pairs: Mapping[str, Pair], prefix: str = "transformer.") -> Path:
+    """A file of diffusers' keys; it records no alpha, so that the scale is 1."""
+    tensors = {f"{prefix}{name}.lora_{leaf}.weight": value for name, ab in _ab(pairs) for leaf, value in zip("BA", ab, strict=True)}
+    return save(path, tensors)
 
 
 def lycoris(path: Path, modules: Mapping[str, Tensors], prefix: str = "lora_unet_") -> Path:

@@ -14,6 +14,7 @@ import pytest
 from fixtures import adapters, checkpoints, layouts
 from loratools.errors import UsageError
 from loratools.operations.merge import merge
+from loratools.operations.merging import arithmetic
 from tests.operations.merged import Change, Raw, State, assert_merged, base_states, changes, in_folder, in_single, weights
 from tests.parity.merging import ALPHAS, RANKS, Factors, factors_of, save_adapter
 
@@ -227,6 +228,15 @@ def test_several_adapters_are_summed_in_no_order(flux: Any, tmp_path: Path) -> N
             assert [(one["path"], one["weight"]) for one in result["adapters"]] == [(str(given[at][0]), given[at][1]) for at in order]
     assert len(digests) == 1
     assert_merged(base, out, change, given)
+
+
+@pytest.mark.parametrize("block", [1, 300, 4000])
+def test_blocks_of_rows_do_not_show(block: int, flux: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Tensors larger than a block: rows of q, k and v that begin and end within one, halves that are exchanged across two."""
+    base, given, change = flux
+    monkeypatch.setattr(arithmetic, "BLOCK", block)
+    merge(base, given, tmp_path / "out.safetensors", threads=3, verify=True)
+    assert_merged(base, tmp_path / "out.safetensors", change, given)
 
 
 def test_the_same_file_twice_is_the_sum_of_its_weights(flux: Any, tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def stored(path: Path, **options: Any) -> dict[str, torch.Tensor]:
 def test_the_residual_of_a_language_model(ratio: float, tmp_path: Path) -> None:
     """Two adapters that meet on one matrix; the second is on that alone, and is taken out."""
     base = hand.language_model(256)
-    one = {name: hand.pair(base[f"{name}.weight"].shape, 6, 3.0, seed).sized(ratio, base[f"{name}.weight"]) for seed, name in enumerate((Q, UP))}
+    one = {
+        name: hand.pair(base[f"{name}.weight"].shape, 6, 3.0, seed).sized(ratio, base[f"{name}.weight"])
+        for seed, name in enumerate((Q, UP))
+    }
     two = {Q: hand.pair((256, 256), 3, 3.0, 9).sized(ratio / 2, base[f"{Q}.weight"])}
     given = [(hand.peft(tmp_path / "one", one), 1.0), (hand.peft(tmp_path / "two", two), -0.5)]
     source = hand.save(tmp_path / "base.safetensors", base)
@@ -88,7 +91,10 @@ def ranks(path: Path) -> dict[str, int | None]:
 def test_the_residual_merged_in_float32_mends_the_merge(tmp_path: Path) -> None:
     """As it is meant to be used: beside the bf16 model, here merged into a float32 copy of it."""
     base = hand.language_model(256)
-    pairs = {name: hand.pair(base[f"{name}.weight"].shape, 6, 3.0, seed).sized(0.001, base[f"{name}.weight"]) for seed, name in enumerate((Q, UP))}
+    pairs = {
+        name: hand.pair(base[f"{name}.weight"].shape, 6, 3.0, seed).sized(0.001, base[f"{name}.weight"])
+        for seed, name in enumerate((Q, UP))
+    }
     source, adapter = hand.save(tmp_path / "base.safetensors", base), hand.peft(tmp_path / "adapter", pairs)
     said = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", residual=tmp_path / "rest")["residual"]
     merge(tmp_path / "out.safetensors", [(tmp_path / "rest", 1.0)], tmp_path / "mended.safetensors", dtype="F32")
@@ -110,8 +116,7 @@ def test_fused_and_exchanged_layers(layout: str, tmp_path: Path) -> None:
     base = hand.flux(BF16, h)
     names = {f"{BLOCK}.to_q": (h, h), f"{BLOCK}.to_v": (h, h), f"{SINGLE}.proj_mlp": (4 * h, h), "norm_out.linear": (2 * h, h)}
     pairs = {name: hand.pair(shape, 4, 4.0, 5 * seed).sized(0.002, noise(*shape) * 0.2) for seed, (name, shape) in enumerate(names.items())}
-    tensors = {f"transformer.{name}.lora_{leaf}.weight": value for name, one in pairs.items() for leaf, value in (("A", one.down), ("B", one.up))}
-    adapter, rest = hand.save(tmp_path / "adapter.safetensors", tensors), tmp_path / "rest.safetensors"
+    adapter, rest = hand.diffusers(tmp_path / "adapter.safetensors", pairs), tmp_path / "rest.safetensors"
     source = hand.save(tmp_path / "base.safetensors", base if layout == "fused" else hand.split_flux(base))
     result = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", residual=rest, verify=True)
     after = load_file(tmp_path / "out.safetensors")
@@ -131,7 +136,8 @@ def test_fused_and_exchanged_layers(layout: str, tmp_path: Path) -> None:
 def test_a_fused_adapter(tmp_path: Path) -> None:
     """The adapter's own module is q, k, v in one: each part of the loss lies in the rows and the down it has there."""
     base = hand.flux(BF16, 64)
-    pairs = {name: hand.pair(tuple(base[f"{name}.weight"].shape), 4, 4.0, seed).sized(0.002, base[f"{name}.weight"]) for seed, name in enumerate((QKV, LINEAR1, LAST))}  # fmt: skip
+    weights = {name: base[f"{name}.weight"] for name in (QKV, LINEAR1, LAST)}
+    pairs = {name: hand.pair(old.shape, 4, 4.0, seed).sized(0.002, old) for seed, (name, old) in enumerate(weights.items())}
     adapter, rest = hand.kohya(tmp_path / "adapter.safetensors", pairs), tmp_path / "rest.safetensors"
     source = hand.save(tmp_path / "base.safetensors", base)
     result = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", arch="flux", residual=rest)
@@ -154,7 +160,9 @@ def test_convolutions(tmp_path: Path) -> None:
     result = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", arch="sd1", residual=rest)
     after, found = load_file(tmp_path / "out.safetensors"), stored(rest, arch="sd1")
     deltas = {site: one.delta() for site, one in pairs.items()}
-    losses = {site: base[f"{stems[site]}.weight"].double() + delta - after[f"{stems[site]}.weight"].double() for site, delta in deltas.items()}
+    losses = {
+        site: base[f"{stems[site]}.weight"].double() + delta - after[f"{stems[site]}.weight"].double() for site, delta in deltas.items()
+    }
     assert {site: found[site].shape for site in found} == {site: SHAPES[site] for site in sites}
     for site, one in pairs.items():
         wanted = projected(losses[site], [one])
@@ -165,7 +173,11 @@ def test_convolutions(tmp_path: Path) -> None:
 def test_stored_the_other_way_round(tmp_path: Path) -> None:
     """GPT-2's Conv1D keeps (in, out)."""
     name, shape = "transformer.h.0.mlp.c_fc", (96, 64)
-    base = {f"{name}.weight": noise(64, 96, seed=4).to(BF16), "transformer.wte.weight": noise(20, 64).to(BF16), "lm_head.weight": noise(20, 64).to(BF16)}
+    base = {
+        f"{name}.weight": noise(64, 96, seed=4).to(BF16),
+        "transformer.wte.weight": noise(20, 64).to(BF16),
+        "lm_head.weight": noise(20, 64).to(BF16),
+    }
     one = hand.pair(shape, 4, 4.0, 5).sized(0.002, base[f"{name}.weight"])
     adapter = hand.peft(tmp_path / "adapter", {name: one})
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -206,12 +218,16 @@ def nothing(tmp_path: Path, source: Path, adapter: Path, **options: Any) -> str:
     """A merge whose residual is empty. Either it is refused and leaves nothing, or it succeeds and says so; what it says."""
     out, rest = tmp_path / "out.safetensors", tmp_path / "rest"
     before = sorted(tmp_path.iterdir())
+    error, result = None, None
     try:
         result = merge(source, [(adapter, 1.0)], out, residual=rest, **options)
-    except LoraToolsError as error:
+    except LoraToolsError as caught:
+        error = caught
+    if error is not None:
         assert error.exit_code == 3
         assert sorted(tmp_path.iterdir()) == before, "exit 3 means that nothing was written"
         return f"{error.message} {error.fix}"
+    assert result is not None
     assert out.is_file()
     assert not rest.exists()
     return " ".join(result["warnings"])
@@ -285,6 +301,8 @@ def test_the_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
 def test_a_dry_run_writes_none(tmp_path: Path) -> None:
     source, adapter = simple(tmp_path)
     before = sorted(tmp_path.iterdir())
-    result = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", arch="flux", residual=tmp_path / "rest.safetensors", dry_run=True)
+    result = merge(
+        source, [(adapter, 1.0)], tmp_path / "out.safetensors", arch="flux", residual=tmp_path / "rest.safetensors", dry_run=True
+    )
     assert "residual" not in result
     assert sorted(tmp_path.iterdir()) == before

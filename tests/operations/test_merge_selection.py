@@ -21,21 +21,23 @@ from tests.operations.merge_by_hand import BLOCK, QKV, WIDTH, Tensors, noise
 
 # site as inspect prints it → (the base's tensor, its shape, kohya's block)
 _UNET, _TEXT = "model.diffusion_model", "cond_stage_model.transformer.text_model.encoder.layers.0"
+_IN, _OUT, _BLOCK = f"{_UNET}.input_blocks", f"{_UNET}.output_blocks", "transformer_blocks.0"
 LAYERS: dict[str, tuple[str, tuple[int, ...], str]] = {
-    "conv_in": (f"{_UNET}.input_blocks.0.0", (16, 4, 3, 3), "IN00"),
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (f"{_UNET}.input_blocks.1.1.transformer_blocks.0.attn1.to_q", (16, 16), "IN01"),
-    "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k": (f"{_UNET}.input_blocks.2.1.transformer_blocks.0.attn2.to_k", (16, 24), "IN02"),
-    "down_blocks.1.attentions.0.proj_in": (f"{_UNET}.input_blocks.4.1.proj_in", (32, 32, 1, 1), "IN04"),
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (f"{_UNET}.middle_block.1.transformer_blocks.0.attn2.to_v", (48, 24), "MID"),
+    "conv_in": (f"{_IN}.0.0", (16, 4, 3, 3), "IN00"),
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (f"{_IN}.1.1.{_BLOCK}.attn1.to_q", (16, 16), "IN01"),
+    "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k": (f"{_IN}.2.1.{_BLOCK}.attn2.to_k", (16, 24), "IN02"),
+    "down_blocks.1.attentions.0.proj_in": (f"{_IN}.4.1.proj_in", (32, 32, 1, 1), "IN04"),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (f"{_UNET}.middle_block.1.{_BLOCK}.attn2.to_v", (48, 24), "MID"),
     "mid_block.resnets.1.conv1": (f"{_UNET}.middle_block.2.in_layers.2", (48, 48, 3, 3), "MID"),
-    "up_blocks.0.resnets.0.conv1": (f"{_UNET}.output_blocks.0.0.in_layers.2", (48, 96, 3, 3), "OUT00"),
-    "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2": (f"{_UNET}.output_blocks.5.1.transformer_blocks.0.ff.net.2", (48, 192), "OUT05"),
-    "up_blocks.3.attentions.2.proj_out": (f"{_UNET}.output_blocks.11.1.proj_out", (16, 16, 1, 1), "OUT11"),
+    "up_blocks.0.resnets.0.conv1": (f"{_OUT}.0.0.in_layers.2", (48, 96, 3, 3), "OUT00"),
+    "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2": (f"{_OUT}.5.1.{_BLOCK}.ff.net.2", (48, 192), "OUT05"),
+    "up_blocks.3.attentions.2.proj_out": (f"{_OUT}.11.1.proj_out", (16, 16, 1, 1), "OUT11"),
     "time_embedding.linear_1": (f"{_UNET}.time_embed.0", (64, 16), "BASE"),
     "text_model.encoder.layers.0.self_attn.q_proj": (f"{_TEXT}.self_attn.q_proj", (24, 24), "BASE"),
     "text_model.encoder.layers.0.mlp.fc1": (f"{_TEXT}.mlp.fc1", (56, 24), "BASE"),
 }  # fmt: skip
-LIST_17 = "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11".split()
+_ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"
+LIST_17 = _ATTENTION.split()
 LIST_26 = ["BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12))]
 
 
@@ -155,7 +157,7 @@ def test_kohya_lists(form: str, blocks: list[str], silent: int, case: Case) -> N
 
 
 def test_globs_and_components_replace_a_list(case: Case) -> None:
-    numbers = {block: 1.0 for block in LIST_17}
+    numbers = dict.fromkeys(LIST_17, 1.0)
     result = case.merge(f'kohya = {list(numbers.values())}\n[components]\ntext_encoder = 0.3\n[sites]\n"conv_in" = 0.7\n"*.attn2.*" = 0')
     wanted = {site: numbers.get(block, 0.0) for site, (_, _, block) in LAYERS.items()}
     wanted |= {site: 0.3 for site in LAYERS if text(site)} | {site: 0.0 for site in LAYERS if ".attn2." in site}
@@ -167,7 +169,10 @@ def test_each_adapter_has_a_table_of_its_own(case: Case) -> None:
     sites = list(LAYERS)[1:5]
     pairs = {site: hand.pair(LAYERS[site][1], 3, 1.0, 70 + seed) for seed, site in enumerate(sites)}
     other = case.saved("other.safetensors", pairs)
-    case.merge('default = 0.25\n[adapters."other.safetensors"]\ndefault = 3.0\n[adapters."other.safetensors".sites]\n"mid_block.*" = -1', ((other, 0.1),))
+    case.merge(
+        'default = 0.25\n[adapters."other.safetensors"]\ndefault = 3.0\n[adapters."other.safetensors".sites]\n"mid_block.*" = -1',
+        ((other, 0.1),),
+    )
     also = {site: 0.1 * (-1 if site.startswith("mid_block") else 3.0) * one.delta() for site, one in pairs.items()}
     case.expect(dict.fromkeys(LAYERS, 0.25), also)
 

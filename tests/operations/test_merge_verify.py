@@ -23,6 +23,7 @@ from loratools.operations.merging import arithmetic
 from tests.operations import merge_by_hand as hand
 from tests.operations import test_merge_numbers as numbers
 from tests.operations import test_merge_paths as paths
+from tests.operations import test_merge_scaled as scales
 from tests.operations.merge_by_hand import BLOCK, NORM, QKV, UP, Q, Tensors, noise
 
 K, O = (Q.replace("q_proj", name) for name in ("k_proj", "o_proj"))  # noqa: E741
@@ -64,7 +65,9 @@ class Case:
             self.merge(**options)
         assert caught.value.exit_code == 4
         assert sorted(self.folder.iterdir()) == before
-        assert sorted(named) == sorted(key for key in self.base if any(line.startswith((f"{key} ", f"{key}:")) for line in caught.value.details))
+        assert sorted(named) == sorted(
+            key for key in self.base if any(line.startswith((f"{key} ", f"{key}:")) for line in caught.value.details)
+        )
         assert len(caught.value.details) == len(named)
         return "\n".join(caught.value.details)
 
@@ -84,7 +87,11 @@ def test_every_dtype_passes(dtype: torch.dtype, rounding: str, tmp_path: Path) -
         base = model(dtype)
         adapter = hand.peft(tmp_path / f"{ratio}", pairs_of(base, ratio))
         result = merge(
-            hand.save(tmp_path / "base.safetensors", base), [(adapter, 0.9)], tmp_path / f"{ratio}.safetensors", rounding=rounding, verify=True
+            hand.save(tmp_path / "base.safetensors", base),
+            [(adapter, 0.9)],
+            tmp_path / f"{ratio}.safetensors",
+            rounding=rounding,
+            verify=True,
         )
         found = result["verify"]
         assert (found["ok"], found["sites"], found["untouched_tensors"]) == (True, 4, 2)
@@ -94,9 +101,9 @@ def test_every_dtype_passes(dtype: torch.dtype, rounding: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("kind", numbers.SCALES)
+@pytest.mark.parametrize("kind", scales.SCALES)
 def test_scaled_fp8_passes(kind: str, rounding: str, tmp_path: Path) -> None:
-    base = numbers.scaled(*numbers.SCALES[kind])
+    base = scales.scaled(*scales.SCALES[kind])
     plain = hand.language_model(176, torch.float32)
     for ratio in (0.01, 2.0):
         adapter = hand.peft(tmp_path / f"{ratio}", numbers.pairs_for(plain, ratio))
@@ -107,7 +114,7 @@ def test_scaled_fp8_passes(kind: str, rounding: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["fused", "apart"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=numbers.named)
-@pytest.mark.parametrize("kind", ["lora", "dora out", "dora in", "loha", "lokr", "dense", "set", "oft", "boft", "ia3 out", "glora", "lora and diff_b"])  # fmt: skip
+@pytest.mark.parametrize("kind", [kind for kind in (*paths.SPLITTING, *paths.WHOLE_ONLY) if kind != "ia3 in"])
 def test_every_kind_passes_in_16_bits(kind: str, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
     """Fused layers, split ones, exchanged halves; in float32 every kind is verified in `test_merge_paths`."""
     base = hand.flux(dtype)
@@ -216,8 +223,7 @@ def test_q_and_k_exchanged_in_a_joined_weight(dtype: torch.dtype, tmp_path: Path
     base = hand.flux(dtype, h)
     cut = base[f"{QKV}.weight"][:h]
     pairs = {f"{BLOCK}.to_{part}": hand.pair((h, h), 4, 4.0, seed).sized(0.001, cut) for seed, part in enumerate("qkv")}
-    tensors = {f"transformer.{name}.lora_{leaf}.weight": value for name, one in pairs.items() for leaf, value in (("A", one.down), ("B", one.up))}
-    adapter = hand.save(tmp_path / "adapter.safetensors", tensors)
+    adapter = hand.diffusers(tmp_path / "adapter.safetensors", pairs)
     source, out = hand.save(tmp_path / "base.safetensors", base), tmp_path / "out.safetensors"
     assert merge(source, [(adapter, 1.0)], tmp_path / "right.safetensors", verify=True)["verify"]["sites"] == 3
     for name, other in ((".to_q", "k"), (".to_k", "q")):
@@ -358,7 +364,7 @@ def test_a_tensor_that_is_only_cast(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("leaf", [f"{Q}.scale_weight", f"{Q}.weight", f"{UP}.input_scale", f"{NORM}.weight"])
 def test_scaled_fp8_codes_scales_and_markers(leaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = numbers.scaled(*numbers.SCALES["scale_weight"])
+    base = scales.scaled(*scales.SCALES["scale_weight"])
     adapter = hand.peft(tmp_path / "adapter", numbers.pairs_for(hand.language_model(176, torch.float32), 0.01))
     source = hand.save(tmp_path / "base.safetensors", base)
     corrupted(monkeypatch, leaf, flipped(7, 0.0) if not leaf.endswith("scale") else flipped(0, 0.0))

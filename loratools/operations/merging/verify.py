@@ -30,7 +30,7 @@ from loratools.tensors.rounding import rounded, spacing
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 21  # elements looked at at a time
+BLOCK = 1 << 19  # elements looked at at a time: a dozen float64 copies of them are in memory
 STRAYS = 0.005  # share of the entries that may be the other neighbour of the exact sum
 
 
