@@ -67,31 +67,46 @@ def merge(output: Output, base: Path, adapters: tuple[tuple[Path, float], ...], 
 
 
 def show(output: Output, result: dict[str, Any]) -> None:
-    """What went into which tensors, and what rounding took of it."""
+    """What went into which tensors, what rounding took of it, and what was checked."""
     for one in result["adapters"]:
         output.say(f"{one['path']}  weight {number(one['weight'])} · {one['dialect']} · {one['architecture']}")
-    output.say(f"{result['changed']} of {result['tensors']} tensors changed at {result['sites']} sites, {result['unchanged']} copied")
+    parts = [f"{result['changed']} of {counted(result['tensors'], 'tensor')} changed at {counted(result['sites'], 'site')}"]
+    parts += [f"{result['cast']} cast"] if result["cast"] else []
+    output.say(", ".join([*parts, f"{result['unchanged'] - result['cast']} copied"]))
     if result["delta_retained"] is not None:
-        told = f"delta retained {result['delta_retained']:.6g}, relative error of the delta {number(result['relative_error'])}"
-        output.say(told)
-        worst = [row for row in result["worst"] if abs(row["delta_retained"] - 1) > 0.01]
-        for row in worst:
-            output.say(f"  {row['tensor']}  retained {row['delta_retained']:.4g}")
-        if worst and "residual" not in result:
-            output.note("rounding took more than 1 % of some deltas: --rounding stochastic, --residual FILE or a wider --dtype keep them")
+        _rounding(output, result)
     if "residual" in result:
-        rest = result["residual"]
-        output.say(
-            f"residual {rest['path']}: {rest['sites']} sites, rank up to {rest['max_rank']}; gives back "
-            f"{rest['loss_recovered']:.1%} of the loss, delta retained {rest['delta_retained']:.6g} with it"
-        )
+        _residual(output, result["residual"])
     if "verify" in result:
-        checked = result["verify"]
-        output.say(
-            f"verified: {checked['sites']} sites hold what the adapters say, {checked['untouched_tensors']} other tensors are the base's"
-        )
+        sites, others = counted(result["verify"]["sites"], "site"), counted(result["verify"]["untouched_tensors"], "other tensor")
+        output.say(f"verified: {sites} as the adapters say, {others} as in the base")
     if "plan" in result:
-        output.say(f"plan: {result['plan']['tensors']} tensors, {size(result['plan']['bytes'])}")
+        output.say(f"plan: {counted(result['plan']['tensors'], 'tensor')}, {size(result['plan']['bytes'])}")
         output.say(f"would write {result['output']}")
         return
     output.say(f"wrote {result['output']} in {number(result['seconds'])} s, peak memory {number(result['peak_rss_mb'])} MB")
+
+
+def _rounding(output: Output, result: dict[str, Any]) -> None:
+    told = f"delta retained {result['delta_retained']:.6g}, relative error of the delta {number(result['relative_error'])}"
+    output.say(told)
+    worst = [row for row in result["worst"] if abs(row["delta_retained"] - 1) > 0.01]
+    for row in worst:
+        output.say(f"  {row['tensor']}  retained {row['delta_retained']:.4g}")
+    if worst and "residual" not in result:
+        output.note("rounding took more than 1 % of some deltas: --rounding stochastic, --residual FILE or a wider --dtype keep them")
+
+
+def _residual(output: Output, rest: dict[str, Any]) -> None:
+    if rest["path"] is None:
+        output.say("residual: rounding took nothing, none was written")
+        return
+    output.say(
+        f"residual {rest['path']}: {counted(rest['sites'], 'site')}, rank up to {rest['max_rank']}; gives back "
+        f"{rest['loss_recovered']:.1%} of the loss, delta retained {rest['delta_retained']:.6g} with it"
+    )
+
+
+def counted(number_of: int, what: str) -> str:
+    """1 site, 2 sites."""
+    return f"{number_of} {what}" if number_of == 1 else f"{number_of} {what}s"

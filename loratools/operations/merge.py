@@ -22,7 +22,7 @@ from loratools.mapping.selection import Selection, read_block_weights
 from loratools.operations.merging import lineage
 from loratools.operations.merging.arithmetic import MergedTensor, Sums
 from loratools.operations.merging.plan import FLOATS, MergePlan, prepare
-from loratools.operations.merging.residual import residual_of, write_residual
+from loratools.operations.merging.residual import Residual, residual_of, write_residual
 from loratools.operations.merging.storage import Rounding, ScaledStorage, Storage
 from loratools.operations.merging.untying import edited_config
 from loratools.operations.merging.verify import Verification, verify_merge
@@ -90,11 +90,15 @@ def merge(
     options = {"component": component, "include": include, "exclude": exclude, "dtype": dtype, "arch": arch, "alpha": alpha,
                "rounding": rounding if rounding != "nearest" else None, "seed": seed or None}  # fmt: skip
     record = _record(plan, {name: value for name, value in options.items() if value}, block_weights, hash_base)
-    outcome: list[Verification] = []
+    workers = threads or len(os.sched_getaffinity(0))
+    outcome, taken = list[Verification](), list[Residual]()
 
     def check(path: Path) -> None:
         if verify:
-            outcome.append(verify_merge(plan, path, work.tensors, {*work.replaced, *work.added}))
+            made = {**work.replaced, **{key: tensor for key, (_, tensor) in work.added.items()}}
+            outcome.append(verify_merge(plan, path, made, workers))
+        if residual is not None:
+            taken.append(residual_of(plan, path, work.tensors, workers))
 
     write_checkpoint(
         plan.layout,
@@ -105,14 +109,11 @@ def merge(
         texts=_texts(plan, dtype),
         extra_files=_extra_files(plan),
         force=force,
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=workers,
         check=check,
         progress=(lambda done: progress(done, _nbytes(plan, work))) if progress else None,
     )
-    recovered = None
-    if residual is not None:
-        taken = residual_of(plan, Path(output), work.tensors)
-        recovered = write_residual(plan, taken, Path(residual), work.tensors, force=force)
+    recovered = write_residual(plan, taken[0], Path(residual), work.tensors, force=force) if residual is not None else None
     result = _result(plan, work, Path(base), Path(output), given, started, outcome[0] if outcome else None, recovered)
     if report is not None:
         write_text_file(report, json.dumps({**result, "tensors_changed": _rows(work)}, indent=2) + "\n", force=force)
@@ -126,6 +127,7 @@ class _Work:
     tensors: dict[str, MergedTensor] = field(default_factory=dict)
     replaced: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, tuple[Path, LazyTensor]] = field(default_factory=dict)
+    cast: list[str] = field(default_factory=list)  # of the unchanged ones, those whose dtype alone is another
 
 
 def _work(plan: MergePlan, dtype: str | None, rounding: Rounding) -> _Work:
@@ -155,6 +157,7 @@ def _work(plan: MergePlan, dtype: str | None, rounding: Rounding) -> _Work:
         if key not in work.replaced and plain.dtype in FLOATS and plain.dtype != dtype:
             base = next(iter(plan.bases.values()))
             work.replaced[key] = MergedTensor(key, Storage(key, plain, str(dtype), plain.shape, rounding), [], base)
+            work.cast.append(key)
     return work
 
 
@@ -230,6 +233,7 @@ def _result(
         "tensors": count,
         "changed": changed,
         "unchanged": count - changed,
+        "cast": len(work.cast),
         "unmatched": [],
         "sites": len(
             {(region.site, region.role) for regions in plan.placement.regions.values() for region in regions if region.role == "weight"}

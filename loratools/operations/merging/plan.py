@@ -254,6 +254,10 @@ def _notes(plan: MergePlan) -> list[str]:
     for name, base in plan.bases.items():
         for adapter, silent in plan.selection.silent(_sites(plan.given, name), base.architecture).items():
             notes.append(f"{adapter}: {len(silent)} sites get weight 0: the list of block weights has no number for their blocks")
-    if plan.placement.passed_over:
-        notes.append(f"{plan.placement.passed_over} modules are left out by the selection")
+    for count, why in (
+        (plan.placement.passed_over, "left out by the selection"),
+        (plan.placement.silent, "of weight 0: they change nothing"),
+    ):
+        if count:
+            notes.append(f"{count} module{'s are' if count > 1 else ' is'} {why}")
     return notes

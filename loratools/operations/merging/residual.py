@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.adapter import Adapter, Entry, NotExact
+from loratools.adapters.algebra import in_parallel
 from loratools.adapters.kinds import Lora
 from loratools.errors import UnsupportedError
 from loratools.mapping.bases import Base
@@ -29,7 +30,7 @@ from loratools.tensors.reader import open_source
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 
 @dataclass
@@ -42,30 +43,41 @@ class Residual:
     skipped: int = 0  # sites whose modules have no low-rank factors
 
 
-def residual_of(plan: MergePlan, output: Path, tensors: Mapping[str, MergedTensor]) -> Residual:
-    """The loss of every site between what was to be written and what `output` holds, projected."""
-    written = open_source(output)
+def residual_of(plan: MergePlan, written_to: Path, tensors: Mapping[str, MergedTensor], threads: int | None = None) -> Residual:
+    """The loss of every site between what was to be written and what the file or folder `written_to` holds, projected.
+
+    Raises UnsupportedError where no site is changed by LoRAs alone: there is no subspace to keep it in.
+    """
+    written = open_source(written_to)
     result = Residual()
     afters = {name: Base(written, base.architecture) for name, base in plan.bases.items()}
-    for key, regions in plan.placement.regions.items():
-        for region in regions:
-            if region.role != "weight" or not region.terms:
-                continue
-            before = plan.base_of(region)
-            after = afters[before.architecture.name]
-            found = _projected(region, before, after, tensors[key])
-            if found is None:
-                result.skipped += 1
-            elif found[1]:
-                module, recovered, gained = found
-                result.entries.append(Entry((region.site,), module, name=region.site.path))
-                result.recovered += recovered
-                result.gained += gained
+    items = [
+        (region, tensors[key])
+        for key, regions in plan.placement.regions.items()
+        for region in regions
+        if region.role == "weight" and region.terms
+    ]
+
+    def project(item: tuple[Region, MergedTensor]) -> tuple[Lora | None, float, float] | None:
+        before = plan.base_of(item[0])
+        return _projected(item[0], before, afters[before.architecture.name], item[1])
+
+    for (region, _), found in zip(items, in_parallel(project, items, threads), strict=True):
+        if found is None:
+            result.skipped += 1
+            continue
+        module, recovered, gained = found
+        if module is not None:
+            result.entries.append(Entry((region.site,), module, name=region.site.path))
+        result.recovered += recovered
+        result.gained += gained
+    if result.skipped == len(items):
+        raise UnsupportedError("no site is changed by LoRAs alone: a residual has no factors to be made of", fix="leave out --residual")
     return result
 
 
-def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) -> tuple[Lora, float, float] | None:
-    """(the LoRA, |P_U E P_D|², ⟨P_U E P_D, Δ⟩) of one site; None where a term is no LoRA."""
+def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) -> tuple[Lora | None, float, float] | None:
+    """(the LoRA, |P_U E P_D|², ⟨P_U E P_D, Δ⟩) of one site, no LoRA where nothing was lost; None where a term is no LoRA."""
     import torch
 
     place = region.place
@@ -73,18 +85,21 @@ def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) 
     if sides is None or tensor.shape != before.tensors[place.key].shape:
         return None
     left, right = (torch.linalg.qr(side)[0] for side in sides)  # (rows, R), (columns, R), in the file's orientation
-    deltas = [row_delta(term, region, before, torch.float64) for term in region.terms]
+    working = tensor.storage.working
+    deltas = [row_delta(term, region, before, working) for term in region.terms]
+    narrow = left.to(working), right.to(working)
     core, gain = (torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64) for _ in range(2))
-    columns = right.shape[0]
-    step = max(BLOCK // columns // tensor.storage.row_step, 1) * tensor.storage.row_step
+    step = max(BLOCK // right.shape[0] // tensor.storage.row_step, 1) * tensor.storage.row_step
     for start in range(place.start, place.stop, step):
         stop = min(start + step, place.stop)
-        rows = tensor.storage.read(start, stop).to(torch.float64).reshape(stop - start, -1)
-        change = sum(delta(start - place.start, stop - place.start, rows) for delta in deltas)
+        rows = tensor.storage.read(start, stop).reshape(stop - start, -1)
+        change = deltas[0](start - place.start, stop - place.start, rows)
+        for delta in deltas[1:]:
+            change += delta(start - place.start, stop - place.start, rows)
         found, _ = tensor.storage.reread(after.tensors[place.target], after.tensors, start, stop)
-        mine = left[start - place.start : stop - place.start].t()
-        core += mine @ ((rows + change - found.reshape(rows.shape)) @ right)
-        gain += mine @ (change @ right)
+        mine = narrow[0][start - place.start : stop - place.start].t()
+        gain += mine @ (change @ narrow[1])
+        core += mine @ (change.add_(rows).sub_(found.reshape(rows.shape)) @ narrow[1])
     first, values, second = torch.linalg.svd(core)
     kept = int((values > values.max() * 1e-9).sum()) if values.numel() and float(values.max()) else 0
     if not kept:  # every sum was a value of the dtype, or B is zero
@@ -125,23 +140,20 @@ def _sides(region: Region) -> tuple[torch.Tensor, torch.Tensor] | None:
 def write_residual(plan: MergePlan, residual: Residual, path: Path, tensors: Mapping[str, MergedTensor], *, force: bool) -> dict[str, Any]:
     """Write the LoRA in the first adapter's dialect and say how much of the loss it gives back.
 
-    Raises UnsupportedError where there is nothing to write.
+    Nothing is written, and "path" is None, where rounding took nothing at all.
     """
-    if not residual.entries:
-        raise UnsupportedError(
-            f"{path}: rounding took nothing that a LoRA of the adapters' own rank could give back", fix="leave out --residual"
-        )
     first = next(one for one in plan.given if one.position == 0)
     dims = first.adapter.dims
     adapter = Adapter(first.adapter.architecture, first.adapter.dialect, tuple(residual.entries), variant=first.adapter.variant, dims=dims)
-    made = write_plan(adapter, first.architecture, first.adapter.dialect)
-    write_adapter(adapter, first.architecture, made, made.tensors, path, force=force)
+    if residual.entries:
+        made = write_plan(adapter, first.architecture, first.adapter.dialect)
+        write_adapter(adapter, first.architecture, made, made.tensors, path, force=force)
     total = sum((tensor.tally.total for tensor in tensors.values()), start=Sums())
     ranks = [entry.module.rank or 0 for entry in residual.entries]
     return {
-        "path": str(path),
+        "path": str(path) if residual.entries else None,
         "sites": len(residual.entries),
-        "max_rank": max(ranks),
+        "max_rank": max(ranks, default=0),
         "loss_recovered": residual.recovered / total.lost if total.lost else 1.0,
         "delta_retained": (total.kept + residual.gained) / total.delta if total.delta else 1.0,
         "relative_error": math.sqrt(max(total.lost - residual.recovered, 0.0) / total.delta) if total.delta else 0.0,

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.adapter import Entry, Module, NotExact, Site
+from loratools.adapters.algebra import in_parallel
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds.common import Scaled
 from loratools.errors import CheckFailed
@@ -79,20 +81,24 @@ class Verification:
         }
 
 
-def verify_merge(plan: MergePlan, path: Path, tensors: Mapping[str, MergedTensor], made: Collection[str]) -> Verification:
+def verify_merge(plan: MergePlan, path: Path, made: Mapping[str, LazyTensor], threads: int | None = None) -> Verification:
     """Check a finished file or folder against base and adapters.
 
-    path: of the output, still under its temporary name; tensors: those that were merged; made: all that are not the base's own.
+    path: of the output, still under its temporary name; made: every tensor that is not the base's own: merged ones, those cast to
+    another dtype, and new scales (which are checked with their codes).
     Raises CheckFailed naming every tensor that holds something else.
     """
+    tensors = {key: tensor for key, tensor in made.items() if isinstance(tensor, MergedTensor)}
     written = open_source(path)
     failures = _names_differ(plan, written.tensors, made) + _touched(plan, written.tensors, made)
     result = Verification(untouched=sum(key not in made for key in plan.source.tensors))
     for name, before in plan.bases.items():
         reader = _Reader(plan, before, Base(written, before.architecture), tensors)
-        for site, parts in _contributions(plan, name).items():
-            result.sites += reader.check(site, parts)
+        for checks in in_parallel(reader.check, list(_contributions(plan, name).items()), threads):
+            result.sites += checks
     failures += [str(check) for check in result.sites if check.reason]
+    for check in in_parallel(partial(_check_cast, written.tensors), [tensor for tensor in tensors.values() if not tensor.regions], threads):
+        failures += [str(check)] if check.reason else []
     if failures:
         told = f"{path.name}: {len(failures)} checks of what was written did not hold; nothing was put in place"
         raise CheckFailed(told, details=failures)
@@ -136,17 +142,34 @@ def _contributions(plan: MergePlan, architecture: str) -> dict[Site, list[_Part]
     return found
 
 
+def _check_cast(written: Mapping[str, LazyTensor], tensor: MergedTensor) -> SiteCheck:
+    """A tensor no adapter changes, in another dtype or under another name."""
+    import torch
+
+    storage, found = tensor.storage, written[tensor.name]
+    sums = _Sums(storage.rounding.stochastic, found.dtype)
+    height, columns = (found.shape[0], math.prod(found.shape[1:])) if found.shape else (1, 1)
+    step = max(BLOCK // max(columns, 1), 1)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        base = storage.read(first, last).to(torch.float64)
+        values, unit = storage.reread(found, written, first, last)
+        sums.add(base, values.reshape(base.shape), torch.zeros_like(base), unit)
+    return sums.check(tensor.name, "no adapter changes it")
+
+
 class _Reader:
     """Both models, site by site."""
 
     def __init__(self, plan: MergePlan, before: Base, after: Base, tensors: Mapping[str, MergedTensor]) -> None:
         self.plan, self.before, self.after, self.tensors = plan, before, after, tensors
         self.places = {(region.site, region.role): region.place for regions in plan.placement.regions.values() for region in regions}
-        self.whole: dict[int, torch.Tensor] = {}
 
-    def check(self, site: Site, parts: Sequence[_Part]) -> Iterator[SiteCheck]:
+    def check(self, item: tuple[Site, Sequence[_Part]]) -> list[SiteCheck]:
         """The checks of a site's weight and bias."""
-        self.whole.clear()
+        return list(self._checks(*item))
+
+    def _checks(self, site: Site, parts: Sequence[_Part]) -> Iterator[SiteCheck]:
         for role, changes in (("weight", "changes_weight"), ("bias", "changes_bias")):
             acting = [part for part in parts if getattr(part[1].module, changes)]
             place = self.places.get((site, role))
@@ -158,6 +181,7 @@ class _Reader:
                 yield self._check(site, role, place, acting)
 
     def _check(self, site: Site, role: str, place: Place, parts: Sequence[_Part]) -> SiteCheck:
+        wholes: dict[int, torch.Tensor] = {}  # ΔW of entries that give no rows by themselves, made once
         sums = _Sums(self.tensors[place.target].storage.rounding.stochastic, self.after.tensors[place.target].dtype)
         start, stop = place.start, self._stop(place)
         columns = max(math.prod(self.after.tensors[place.target].shape[1:]), 1)
@@ -167,7 +191,7 @@ class _Reader:
         for first in range(start, stop, step):
             last = min(first + step, stop)
             base, found, unit = self._values(place, first, last)
-            delta = self._delta(site, role, place, parts, first - start, last - start).reshape(base.shape)
+            delta = self._delta(site, role, place, parts, first - start, last - start, wholes).reshape(base.shape)
             sums.add(base, found, delta, unit)
         return sums.check(place.target, f"{site}" if role == "weight" else f"{site} bias")
 
@@ -185,17 +209,19 @@ class _Reader:
         found, unit = storage.reread(tensor, self.after.tensors, first, last)
         return base, found.reshape(last - first, -1), unit if unit.dim() == 0 else unit.reshape(last - first, -1)
 
-    def _delta(self, site: Site, role: str, place: Place, parts: Sequence[_Part], first: int, last: int) -> torch.Tensor:
+    def _delta(
+        self, site: Site, role: str, place: Place, parts: Sequence[_Part], first: int, last: int, wholes: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         """Σ weight · Δ of the site's rows first..last, in the file's order."""
         total: torch.Tensor | None = None
         for given, entry, weight in parts:
             del given
             offset = sum(entry.rows[: entry.sites.index(site)]) if len(entry.sites) > 1 else 0
             if role == "weight" and not (place.swapped or place.transposed or entry.swapped):
-                part = self._rows(entry, weight, offset + first, offset + last)
+                part = self._rows(entry, weight, offset + first, offset + last, wholes)
             else:
                 height = entry.rows[entry.sites.index(site)] if len(entry.sites) > 1 else None
-                whole = self._whole_bias(entry, weight) if role == "bias" else self._whole(entry, weight)
+                whole = self._whole_bias(entry, weight) if role == "bias" else self._whole(entry, weight, wholes)
                 whole = _halves_swapped(whole) if entry.swapped else whole
                 whole = whole[offset : offset + height] if height is not None else whole
                 whole = _halves_swapped(whole) if place.swapped else whole
@@ -205,7 +231,7 @@ class _Reader:
         assert total is not None
         return total
 
-    def _rows(self, entry: Entry, weight: float, first: int, last: int) -> torch.Tensor:
+    def _rows(self, entry: Entry, weight: float, first: int, last: int, wholes: dict[int, torch.Tensor]) -> torch.Tensor:
         """Rows of one entry's ΔW: through its factors' own rows where the kind has them, else of the whole."""
         module = entry.module
         if isinstance(module, Scaled) and type(module).delta_at is Module.delta_at:
@@ -215,16 +241,16 @@ class _Reader:
                 return found
             except NotExact:
                 pass
-        return self._whole(entry, weight)[first:last]
+        return self._whole(entry, weight, wholes)[first:last]
 
-    def _whole(self, entry: Entry, weight: float) -> torch.Tensor:
+    def _whole(self, entry: Entry, weight: float, wholes: dict[int, torch.Tensor]) -> torch.Tensor:
         import torch
 
-        if id(entry) not in self.whole:
+        if id(entry) not in wholes:
             base = [self._padded(self.places[site, "weight"]) for site in entry.sites]
             joined = torch.cat(base) if len(base) > 1 else base[0]
-            self.whole[id(entry)] = entry.module.delta_at(weight, _halves_swapped(joined) if entry.swapped else joined)
-        return self.whole[id(entry)]
+            wholes[id(entry)] = entry.module.delta_at(weight, _halves_swapped(joined) if entry.swapped else joined)
+        return wholes[id(entry)]
 
     def _whole_bias(self, entry: Entry, weight: float) -> torch.Tensor:
         import torch
@@ -264,29 +290,49 @@ class _Sums:
     found: float = 0.0  # ⟨W' - W, Δ⟩
     expected: float = 0.0
     delta: float = 0.0  # ⟨Δ, Δ⟩
-    noise: float = 0.0  # variance of ⟨W' - W, Δ⟩ by rounding
-    size: float = 0.0  # |W|² + |Δ|²
+    noise: float = 0.0  # variance of ⟨W' - W, Δ⟩ where rounding is stochastic
+    size: float = 0.0  # |W|²
     residual: float = 0.0
     predicted: float = 0.0
 
     def add(self, base: torch.Tensor, found: torch.Tensor, delta: torch.Tensor, unit: torch.Tensor) -> None:
+        """Take in a block: W, W' and Δ in float64, and what one code is worth (1 but for scaled codes)."""
         import torch
 
         target = base + delta
-        nearest = rounded(target / unit, self.dtype).to(torch.float64) * unit
-        step = (spacing(target / unit, self.dtype) * unit).nan_to_num(math.inf)
-        off = (found - (target if self.stochastic else nearest)).abs()
-        self.count += off.numel()
-        self.strays += int((off > 0.25 * step).sum())
-        self.far += int((off > 1.001 * step).sum())
-        self.found += _dot(found - base, delta)
-        self.expected += _dot(target - base if self.stochastic else nearest - base, delta)
+        near = target / unit if unit.dim() else target
+        # by way of float32, twice rounded: what that changes is as rare as the close calls that are allowed anyway
+        nearest = rounded(near if self.dtype == "F64" else near.to(torch.float32), self.dtype).to(torch.float64)
+        nearest = nearest * unit if unit.dim() else nearest
+        self.count += found.numel()
+        moved = found - base
+        self.found += _dot(moved, delta)
         self.delta += _dot(delta, delta)
-        self.noise += _dot(delta * delta, step * step) / (4 if self.stochastic else 12)
-        self.size += _dot(base, base) + _dot(delta, delta)
-        self.residual += _dot(found - target, found - target)
-        away = (target - nearest).abs()
-        self.predicted += _dot(away, step - away) if self.stochastic else _dot(away, away)
+        self.size += _dot(base, base)
+        off = found - target
+        self.residual += _dot(off, off)
+        if self.stochastic:
+            self._add_drawn(target, nearest, off, delta, unit)
+            return
+        other = found != nearest
+        expected = moved if not bool(other.any()) else nearest - base
+        away = off if expected is moved else nearest - target
+        self.expected += _dot(expected, delta)
+        self.predicted += _dot(away, away)
+        if expected is not moved and self.dtype not in _WIDE:
+            step = _steps(target[other], unit[other] if unit.dim() else unit, self.dtype)
+            apart = (found[other] - nearest[other]).abs()
+            self.strays += int((apart > 0.25 * step).sum())
+            self.far += int((apart > 1.001 * step).sum())
+
+    def _add_drawn(self, target: torch.Tensor, nearest: torch.Tensor, off: torch.Tensor, delta: torch.Tensor, unit: torch.Tensor) -> None:
+        """Of a block that was rounded stochastically: each value is one of the two around its target, by chance."""
+        step, away = _steps(target, unit, self.dtype), (target - nearest).abs()
+        self.far += int((off.abs() > 1.001 * step).sum())
+        self.expected += _dot(delta, delta)
+        variance = away * (step - away)
+        self.noise += _dot(delta * delta, variance)
+        self.predicted += float(variance.sum())
 
     def check(self, tensor: str, site: str) -> SiteCheck:
         scale = self.delta or 1.0
@@ -299,15 +345,20 @@ class _Sums:
         if not all(map(math.isfinite, (self.found, self.residual))):
             return "NaN or Inf was written"
         if self.dtype in _WIDE:
-            allowed = _WIDE[self.dtype] * math.sqrt(self.size)
+            allowed = _WIDE[self.dtype] * math.sqrt(self.size + self.delta)
             return "" if math.sqrt(self.residual) <= allowed else f"off by {math.sqrt(self.residual):.3g}, rounding allows {allowed:.3g}"
         if self.far:
             return f"{self.far} of {self.count} entries are off by more than one step of {self.dtype}"
-        if not self.stochastic and self.strays > STRAYS * self.count + 3:
+        if self.strays > STRAYS * self.count + 3:
             return f"{self.strays} of {self.count} entries are not the nearest values"
-        if abs(deviation) > 6 * math.sqrt(self.noise) / (self.delta or 1.0) + 1e-3:
+        if self.stochastic and abs(deviation) > 6 * math.sqrt(max(self.noise, 0.0)) / (self.delta or 1.0) + 1e-6:
             return "the projection on the delta is not what rounding predicts"
         return ""
+
+
+def _steps(target: torch.Tensor, unit: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The distance of the two values of the file around each target; infinite where there is none above."""
+    return (spacing(target / unit, dtype) * unit).nan_to_num(math.inf)
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> float:
