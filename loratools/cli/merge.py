@@ -75,7 +75,7 @@ def show(output: Output, result: dict[str, Any]) -> None:
     output.say(", ".join([*parts, f"{result['unchanged'] - result['cast']} copied"]))
     if result["delta_retained"] is not None:
         _rounding(output, result)
-    if "residual" in result:
+    if "residual" in result and result["residual"]["path"] is not None:
         _residual(output, result["residual"])
     if "verify" in result:
         sites, others = counted(result["verify"]["sites"], "site"), counted(result["verify"]["untouched_tensors"], "other tensor")
@@ -98,9 +98,6 @@ def _rounding(output: Output, result: dict[str, Any]) -> None:
 
 
 def _residual(output: Output, rest: dict[str, Any]) -> None:
-    if rest["path"] is None:
-        output.say("residual: rounding took nothing, none was written")
-        return
     output.say(
         f"residual {rest['path']}: {counted(rest['sites'], 'site')}, rank up to {rest['max_rank']}; gives back "
         f"{rest['loss_recovered']:.1%} of the loss, delta retained {rest['delta_retained']:.6g} with it"

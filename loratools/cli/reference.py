@@ -30,7 +30,7 @@ files or a hundred come in the order of the paths. With `--json` an error is
 | 1 | failed while running: disk, memory, interrupted |
 | 2 | wrong usage, or the output exists and `--force` was not given |
 | 3 | input invalid, not recognised, ambiguous or unsupported; nothing was written |
-| 4 | a check did not hold: `compare` found a difference, `inspect --check` an error |
+| 4 | a check did not hold: `compare` found a difference, `inspect --check` an error, `merge --verify` something else in OUT |
 
 Every option also reads an environment variable, `LORATOOLS_<COMMAND>_<OPTION>`: `LORATOOLS_CONVERT_TO=diffusers`,
 `LORATOOLS_INSPECT_JSON=1`. The command line wins. `NO_COLOR` is honoured, and nothing is animated where stderr is no terminal.

@@ -141,12 +141,15 @@ class Place:
 
 
 class Base:
-    """A base model's tensors by site, whatever its layout. Opening reads headers only."""
+    """A base model's tensors by site, whatever its layout. Opening reads headers only.
 
-    def __init__(self, source: TensorSource | Path, architecture: Architecture) -> None:
+    values: what to read in place of tensors that hold codes (fp8 with a scale), by key.
+    """
+
+    def __init__(self, source: TensorSource | Path, architecture: Architecture, values: Mapping[str, LazyTensor] | None = None) -> None:
         self.source = source if isinstance(source, TensorSource) else open_source(source)
         self.architecture = architecture
-        self.tensors = self.source.tensors
+        self.tensors = {**self.source.tensors, **(values or {})}
 
     @cached_property
     def _dims(self) -> dict[str, dict[str, int]]:

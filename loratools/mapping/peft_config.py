@@ -134,6 +134,21 @@ def options_of(config: Mapping[str, Any], name: str, rank: int | None) -> dict[s
     return {}
 
 
+# Every field of PEFT 0.21's LoraConfig, LoHaConfig, LoKrConfig, OFTConfig and IA3Config, and some of older releases. Any other one
+# may change what the tensors mean, so a file that sets it is refused.
+KNOWN = frozenset({
+    "alora_invocation_tokens", "alpha", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "block_share",
+    "coft", "corda_config", "decompose_both", "decompose_factor", "enable_lora", "ensure_weight_tying", "eps", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "init_weights",
+    "is_prompt_learning", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "model_type", "module_dropout",
+    "modules_to_save", "monteclora_config", "num_cayley_neumann_terms", "oft_block_size", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_dropout", "rank_dropout_scale", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_cayley_neumann", "use_dora", "use_effective_conv2d",
+    "use_qalora", "use_rslora", "velora_config",
+})  # fmt: skip
+
+
 def residual_init(config: Mapping[str, Any]) -> str | None:
     """The initialisation that took a part of the base into the adapter (PiSSA, …), as the config says it; None for all others."""
     init = config.get("init_lora_weights")
@@ -148,6 +163,11 @@ def complaints(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         if config.get(field)
     ]
     kind = config.get("peft_type")
+    found += [
+        ("error", f"adapter_config.json sets {field} = {config[field]!r}, a field not known here: it may change what the tensors mean")
+        for field in sorted(config.keys() - KNOWN - UNSUPPORTED.keys())
+        if kind is not None and config[field]
+    ]
     if kind is not None and kind not in _TYPES.values():
         found.append(("error", f"peft_type {kind!r} is not supported; {', '.join(dict.fromkeys(_TYPES.values()))} are"))
     init = residual_init(config)

@@ -106,7 +106,7 @@ def worst(problems: list[LoraToolsError]) -> LoraToolsError:
     ranked = sorted(problems, key=lambda error: -error.exit_code)
     first = ranked[0]
     if len(ranked) > 1:
-        first.details = [*first.details, *(f"{error.message}" for error in ranked[1:])]
+        first.details = [*first.details, *(line for error in ranked[1:] for line in (error.message, *error.details))]
     return first
 
 

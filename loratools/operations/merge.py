@@ -250,4 +250,6 @@ def _result(
         result["verify"] = verification.as_json()
     if recovered is not None:
         result["residual"] = dict(recovered)
+        if recovered["path"] is None:
+            result["warnings"] = [*result["warnings"], "residual: rounding took nothing, so there is none and no file was written"]
     return result

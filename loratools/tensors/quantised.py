@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import MalformedError
 from loratools.tensors.header import printable
-from loratools.tensors.lazy import LazyTensor, dtype_name
+from loratools.tensors.lazy import LazyTensor, dtype_name, tensor_bytes
 from loratools.tensors.rounding import largest, rounded
 
 if TYPE_CHECKING:
@@ -278,6 +278,19 @@ def _block(size: int, count: int, hint: int) -> int:
         return 0
     candidates = (hint, 1 << (math.ceil(size / count) - 1).bit_length(), size // count)
     return next((block for block in candidates if block > 0 and math.ceil(size / block) == count), 0)
+
+
+class ScaledTensor(LazyTensor):
+    """Codes and their scale as the float32 values they stand for."""
+
+    def __init__(self, codes: LazyTensor, scaled: ScaledWeight, scale: LazyTensor) -> None:
+        self.codes, self.scaled, self.scale, self.dtype, self.shape = codes, scaled, scale, "F32", codes.shape
+
+    def load(self) -> torch.Tensor:
+        return dequantised(self.codes.load(), self.scale.load(), self.scaled.block)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from tensor_bytes(self.load())
 
 
 def row_step(scaled: ScaledWeight, out_rows: int) -> int:

@@ -389,9 +389,15 @@ def test_kohyas_fp8_base(metadata: dict[str, str], warned: bool, good: Tensors, 
     assert any("quantised base" in warning for warning in result["warnings"]) == warned
 
 
-def test_what_an_adapter_carries_beside_its_modules_is_told(good: Tensors, bases: Path, save: Any, tmp_path: Path) -> None:
+def test_what_an_adapter_carries_beside_its_modules_is_refused_or_left_out_by_name(
+    good: Tensors, bases: Path, save: Any, tmp_path: Path
+) -> None:
     """An embedding bundled by OneTrainer has no place in a checkpoint: never left behind without a word."""
-    bundled = {**good, "bundle_emb.word.clip_l": torch.ones(2, 32)}
-    result = merge(bases / "sd1.safetensors", [(save("bundled.safetensors", bundled), 1.0)], tmp_path / "out.safetensors")
+    adapter = save("bundled.safetensors", {**good, "bundle_emb.word.clip_l": torch.ones(2, 32)})
+    with pytest.raises(LoraToolsError) as error:
+        merge(bases / "sd1.safetensors", [(adapter, 1.0)], tmp_path / "out.safetensors")
+    assert "bundle_emb.word.clip_l" in str(error.value.details)
+    assert not (tmp_path / "out.safetensors").exists()
+    result = merge(bases / "sd1.safetensors", [(adapter, 1.0)], tmp_path / "out.safetensors", exclude=["bundle_emb.*"])
     assert result["changed"] == 4
-    assert any("bundle_emb.word.clip_l" in warning for warning in result["warnings"])
+    assert any("bundle_emb.word.clip_l is left out" in warning for warning in result["warnings"])

@@ -214,36 +214,27 @@ def test_other_kinds_are_counted_as_left_out(tmp_path: Path) -> None:
     assert stored(rest, arch="flux").keys() == {f"{BLOCK}.to_out.0"}
 
 
-def nothing(tmp_path: Path, source: Path, adapter: Path, **options: Any) -> str:
-    """A merge whose residual is empty. Either it is refused and leaves nothing, or it succeeds and says so; what it says."""
-    out, rest = tmp_path / "out.safetensors", tmp_path / "rest"
-    before = sorted(tmp_path.iterdir())
-    error, result = None, None
-    try:
-        result = merge(source, [(adapter, 1.0)], out, residual=rest, **options)
-    except LoraToolsError as caught:
-        error = caught
-    if error is not None:
-        assert error.exit_code == 3
-        assert sorted(tmp_path.iterdir()) == before, "exit 3 means that nothing was written"
-        return f"{error.message} {error.fix}"
-    assert result is not None
-    assert out.is_file()
-    assert not rest.exists()
-    return " ".join(result["warnings"])
-
-
 def test_kinds_without_factors_have_no_residual(tmp_path: Path) -> None:
+    """Refused, so nothing is written: exit 3."""
     source, adapter = mixed(tmp_path, {LAST: "loha"})
-    assert "residual" in nothing(tmp_path, source, adapter, arch="flux")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(LoraToolsError, match="residual") as caught:
+        merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", arch="flux", residual=tmp_path / "rest.safetensors")
+    assert caught.value.exit_code == 3
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_merge_that_lost_nothing_has_no_residual(tmp_path: Path) -> None:
-    """Small integers: every sum is a bf16 value."""
+    """Small integers: every sum is a bf16 value. The merge is done, and says that there was nothing to give back."""
     base = {f"{name}.weight": torch.ones(64, 64, dtype=BF16) for name in (Q, UP)}
     pairs = {name: hand.Pair(noise(64, 2).sign(), noise(2, 64, seed=1).sign(), 2.0) for name in (Q, UP)}
-    source = hand.save(tmp_path / "base.safetensors", base)
-    assert "residual" in nothing(tmp_path, source, hand.peft(tmp_path / "adapter", pairs))
+    source, rest = hand.save(tmp_path / "base.safetensors", base), tmp_path / "rest"
+    result = merge(source, [(hand.peft(tmp_path / "adapter", pairs), 1.0)], tmp_path / "out.safetensors", residual=rest)
+    assert (result["delta_retained"], result["relative_error"]) == (1.0, 0.0)
+    assert (result["residual"]["path"], result["residual"]["sites"]) == (None, 0)
+    after = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(after[f"{name}.weight"].double(), 1 + one.delta()) for name, one in pairs.items())
+    assert not rest.exists()
 
 
 def test_a_site_that_lost_nothing_beside_one_that_did(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loratools.errors import LoraToolsError, NotFiniteError
 from loratools.mapping.bases import Base
 from loratools.operations.merging.placing import Region, Term
 from loratools.operations.merging.storage import Once, ScaledStorage, Storage
+from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class MergedTensor(LazyTensor):
             """ΔW of rows start..stop; `rows` are those of W, (stop - start, columns)."""
             total: torch.Tensor | None = None
             for region, deltas in ready:
-                first, last = max(start, region.place.start), min(stop, self._end(region))
+                first, last = max(start, region.place.start), min(stop, self.end_of(region))
                 if first >= last:
                     continue
                 mine = rows[first - start : last - start]
@@ -200,7 +201,7 @@ class MergedTensor(LazyTensor):
 
         return block
 
-    def _end(self, region: Region) -> int:
+    def end_of(self, region: Region) -> int:
         """Where a region ends: with the tensor where that has grown."""
         grown = self.shape and region.place.stop == self.base.tensors[region.place.key].shape[0]
         return self.shape[0] if grown else region.place.stop
@@ -229,7 +230,9 @@ class MergedTensor(LazyTensor):
 
     def _diagnose(self, wide: torch.Tensor, change: torch.Tensor, back: torch.Tensor) -> None:
         """Raise NotFiniteError saying which of base, adapter and output dtype is at fault; return where only a sum was too large."""
-        names = ", ".join(dict.fromkeys(term.given.name for region in self.regions for term in region.terms))
+        terms = [term for region in self.regions for term in region.terms]
+        guilty = [term for term in terms if any(first_not_finite(factor) for factor in term.entry.module.factors.values())]
+        names = ", ".join(dict.fromkeys(term.given.name for term in guilty or terms))
         for tensor, message, fix in (
             (wide, "the base holds NaN or Inf here", "loratools inspect --check names every such tensor"),
             (change, f"the delta of {names} is NaN or Inf here", "loratools inspect --check names every such tensor"),

@@ -34,6 +34,7 @@ class Given:
     position: int
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)  # tensors of no module, by key, and why
 
     @property
     def name(self) -> str:
@@ -79,6 +80,7 @@ class Placement:
     unmatched: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)  # tensors of the base that have another shape than the adapter changes
+    left_out: list[str] = field(default_factory=list)  # tensors of no module that --exclude names
     passed_over: int = 0  # sites the selection leaves out
     silent: int = 0  # sites of weight 0
     grown: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its new shape

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import InputError, LoraToolsError, UnsupportedError, UsageError
+from loratools.errors import AmbiguousError, InputError, LoraToolsError, UnsupportedError, UsageError
 from loratools.mapping import peft_config
 from loratools.mapping.bases import Base
 from loratools.mapping.checkpoints import CheckpointGuess, identify
@@ -22,7 +23,8 @@ from loratools.operations.merging.lineage import file_digest
 from loratools.operations.merging.placing import Given, Placement, Region, place_all
 from loratools.operations.merging.untying import Edits, language_edits, missing_tokens
 from loratools.tensors.layout import Layout, layout_of
-from loratools.tensors.quantised import unsupported
+from loratools.tensors.lazy import LazyTensor
+from loratools.tensors.quantised import ScaledTensor, scaled_weights, unsupported
 from loratools.tensors.reader import open_source
 from loratools.tensors.source import TensorSource
 from loratools.tensors.writer import kept_aside, output_problems
@@ -92,12 +94,16 @@ def prepare(
     if not given:
         raise worst(problems)
     given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
-    bases = {one.architecture.name: Base(source, one.architecture) for one in given}
-    problems += _residual_inits(given)
-    for name, opened in bases.items():
-        problems += selection.problems(_sites(given, name), opened.architecture)
-    placement = place_all(given, bases, selection)
     config = _config_of(source)
+    values = _values(source, config)
+    bases = {one.architecture.name: Base(source, one.architecture, values) for one in given}
+    problems += _residual_inits(given)
+    beside_modules = [key for one in given for key in one.beside]
+    on_sites = tuple(glob for glob in selection.exclude if not any(fnmatchcase(key, glob) for key in beside_modules))
+    for name, opened in bases.items():
+        problems += replace(selection, exclude=on_sites).problems(_sites(given, name), opened.architecture)
+    placement = place_all(given, bases, selection)
+    _place_beside(given, selection, placement)
     edits = _language(placement, bases, given, config)
     problems += _quantised(source, placement, config) or _unmatched(placement, base)
     problems += _collected(placement.problems + edits.problems, base)
@@ -120,16 +126,42 @@ def _given(path: Path, weight: float, position: int, base: Path, guess: Checkpoi
         possible = [candidate.architecture.name for candidate in reading.detection.candidates]
         fitting = ["llm"] if guess.layout == "hf" else [name for name in possible if name in names]
         reading = analyse(opened, arch=fitting[0], alpha=alpha) if fitting else reading
-    adapter = checked(reading)
+    only_unknown = all(finding.code == "unknown-key" for finding in reading.errors)
+    try:
+        adapter = checked(reading, allow_unknown=only_unknown)  # told with everything else that finds no weight
+    except AmbiguousError:
+        raise
+    except InputError as error:
+        error.fix = f"loratools inspect {path}"  # what reading advises are options of convert
+        raise
     architecture = tables_of(reading, adapter, base)
     known = guess.layout == "hf" or bool(names)
     fits = architecture.name in names or (architecture.open_names and guess.layout == "hf") or not _registered(architecture.name)
     if known and not fits:
         found = " or ".join(sorted(names)) or "a language model"
         raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.name} is {found}")
-    warnings = [f"{path.name}: {finding.message}" for finding in reading.findings if finding.severity == "warning"]
+    beside = {key: f"{key}: belongs to no module" for key in adapter.residue}
+    beside |= {str(found.site): found.message for found in reading.findings if found.code == "unknown-key"}
+    warnings = [f"{path.name}: {found.message}" for found in reading.findings if found.severity == "warning" and found.code != "companion"]
     warnings += _quantised_base(path, adapter.config or {}, adapter.metadata)
-    return Given(path, weight, adapter, architecture, file_digest(opened), position, tuple(warnings), tuple(opened.files))
+    return Given(path, weight, adapter, architecture, file_digest(opened), position, tuple(warnings), tuple(opened.files), beside)
+
+
+def _values(source: TensorSource, config: Path | None) -> dict[str, LazyTensor]:
+    """The weights that are stored as codes with a scale, as values: what kinds that multiply the weight have to see."""
+    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    found = scaled_weights(source.tensors, settings, source.metadata)
+    return {key: ScaledTensor(source.tensors[key], scaled, source.tensors[scaled.scale]) for key, scaled in found.items()}
+
+
+def _place_beside(given: Sequence[Given], selection: Selection, placement: Placement) -> None:
+    """Tensors of no module (bundled embeddings, unknown keys) find no weight either; --exclude leaves them out by their own name."""
+    for one in given:
+        for key, why in one.beside.items():
+            if any(fnmatchcase(key, glob) for glob in selection.exclude):
+                placement.left_out.append(f"{one.name}: {key} is left out")
+            else:
+                placement.unmatched.append(f"{one.name}: {why}")
 
 
 def _sites(given: Sequence[Given], architecture: str) -> dict[str, set[Site]]:
@@ -248,6 +280,7 @@ def _quantised_base(path: Path, config: Mapping[str, Any], metadata: Mapping[str
 
 def _notes(plan: MergePlan) -> list[str]:
     notes = [f"{path}: left out, {reason}" for path, reason in plan.layout.left_out]
+    notes += plan.placement.left_out
     copies = sum(name.startswith("model_ema.") for name in plan.source.tensors)
     if copies:
         notes.append(f"model_ema.*: {copies} tensors are a second copy of the weights, a merge leaves them as they are")

@@ -101,9 +101,9 @@ def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) 
         gain += mine @ (change @ narrow[1])
         core += mine @ (change.add_(rows).sub_(found.reshape(rows.shape)) @ narrow[1])
     first, values, second = torch.linalg.svd(core)
-    kept = int((values > values.max() * 1e-9).sum()) if values.numel() and float(values.max()) else 0
+    kept = int((values > values.max() * 1e-6).sum()) if values.numel() and float(values.max()) else 0
     if not kept:  # every sum was a value of the dtype, or B is zero
-        return Lora({}), 0.0, 0.0
+        return None, 0.0, 0.0
     root = values[:kept].sqrt()
     up, down = (left @ first[:, : values.numel()])[:, :kept] * root, root[:, None] * (second[: values.numel()] @ right.t())[:kept]
     if place.swapped:

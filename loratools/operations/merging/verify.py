@@ -20,7 +20,7 @@ from loratools.adapters.adapter import Entry, Module, NotExact, Site
 from loratools.adapters.algebra import in_parallel
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds.common import Scaled
-from loratools.errors import CheckFailed
+from loratools.errors import CheckFailed, UnknownError
 from loratools.mapping.bases import Base, Place
 from loratools.operations.merging.arithmetic import MergedTensor
 from loratools.operations.merging.placing import Given
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 1 << 19  # elements looked at at a time: a dozen float64 copies of them are in memory
+SINGLE = 2.0**-20  # what a sum in float32 may be off by, relative to |W| + |Δ|
 STRAYS = 0.005  # share of the entries that may be the other neighbour of the exact sum
 
 
@@ -97,7 +98,8 @@ def verify_merge(plan: MergePlan, path: Path, made: Mapping[str, LazyTensor], th
         for checks in in_parallel(reader.check, list(_contributions(plan, name).items()), threads):
             result.sites += checks
     failures += [str(check) for check in result.sites if check.reason]
-    for check in in_parallel(partial(_check_cast, written.tensors), [tensor for tensor in tensors.values() if not tensor.regions], threads):
+    gaps = [(tensor, start, stop) for tensor in tensors.values() for start, stop in _gaps(tensor)]
+    for check in in_parallel(partial(_check_unchanged, written.tensors), gaps, threads):
         failures += [str(check)] if check.reason else []
     if failures:
         told = f"{path.name}: {len(failures)} checks of what was written did not hold; nothing was put in place"
@@ -142,20 +144,31 @@ def _contributions(plan: MergePlan, architecture: str) -> dict[Site, list[_Part]
     return found
 
 
-def _check_cast(written: Mapping[str, LazyTensor], tensor: MergedTensor) -> SiteCheck:
-    """A tensor no adapter changes, in another dtype or under another name."""
+def _gaps(tensor: MergedTensor) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor that are no region's: of a fused weight whose other parts an adapter changes, of one that is only cast."""
+    height, reached = tensor.shape[0] if tensor.shape else 1, 0
+    for start, stop in sorted((region.place.start, tensor.end_of(region)) for region in tensor.regions):
+        if start > reached:
+            yield reached, start
+        reached = max(reached, stop)
+    if reached < height:
+        yield reached, height
+
+
+def _check_unchanged(written: Mapping[str, LazyTensor], gap: tuple[MergedTensor, int, int]) -> SiteCheck:
+    """Rows no adapter changes: the base's, in the output's dtype."""
     import torch
 
+    tensor, start, stop = gap
     storage, found = tensor.storage, written[tensor.name]
     sums = _Sums(storage.rounding.stochastic, found.dtype)
-    height, columns = (found.shape[0], math.prod(found.shape[1:])) if found.shape else (1, 1)
-    step = max(BLOCK // max(columns, 1), 1)
-    for first in range(0, height, step):
-        last = min(first + step, height)
+    step = max(BLOCK // max(math.prod(found.shape[1:]), 1) // storage.row_step, 1) * storage.row_step
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
         base = storage.read(first, last).to(torch.float64)
         values, unit = storage.reread(found, written, first, last)
         sums.add(base, values.reshape(base.shape), torch.zeros_like(base), unit)
-    return sums.check(tensor.name, "no adapter changes it")
+    return sums.check(tensor.name, f"rows {start} to {stop}, which no adapter changes")
 
 
 class _Reader:
@@ -247,7 +260,7 @@ class _Reader:
         import torch
 
         if id(entry) not in wholes:
-            base = [self._padded(self.places[site, "weight"]) for site in entry.sites]
+            base = [self._padded(self._place(site, "weight")) for site in entry.sites]
             joined = torch.cat(base) if len(base) > 1 else base[0]
             wholes[id(entry)] = entry.module.delta_at(weight, _halves_swapped(joined) if entry.swapped else joined)
         return wholes[id(entry)]
@@ -255,14 +268,23 @@ class _Reader:
     def _whole_bias(self, entry: Entry, weight: float) -> torch.Tensor:
         import torch
 
-        base = torch.cat([exact(self.before.oriented(self.places[site, "bias"])) for site in entry.sites])
+        base = torch.cat([exact(self.before.oriented(self._place(site, "bias"))) for site in entry.sites])
         change = entry.module.bias_delta(_halves_swapped(base) if entry.swapped else base)
         return torch.zeros_like(base) if change is None else change * weight
+
+    def _place(self, site: Site, role: str) -> Place:
+        """Where a site is; of one that the selection leaves out, too. Raises UnknownError."""
+        place = self.places.get((site, role)) or self.before.place(site, role)
+        if place is None:
+            raise UnknownError(f"no {role} for {site}")
+        return place
 
     def _padded(self, place: Place) -> torch.Tensor:
         """A site's weight in its own order, in float64, zero-padded where the output is larger."""
         import torch
 
+        if place.target not in self.tensors:  # a part that the selection leaves out
+            return exact(self.before.oriented(place))
         storage = self.tensors[place.target].storage
         values = storage.read(place.start, self._stop(place)).to(torch.float64)
         values = values.reshape(values.shape[0], *storage.shape[1:])
@@ -290,7 +312,7 @@ class _Sums:
     found: float = 0.0  # ⟨W' - W, Δ⟩
     expected: float = 0.0
     delta: float = 0.0  # ⟨Δ, Δ⟩
-    noise: float = 0.0  # variance of ⟨W' - W, Δ⟩ where rounding is stochastic
+    noise: float = 0.0  # variance of ⟨W' - W, Δ⟩: of stochastic rounding, or of the entries that are not the nearest values
     size: float = 0.0  # |W|²
     residual: float = 0.0
     predicted: float = 0.0
@@ -315,15 +337,21 @@ class _Sums:
             self._add_drawn(target, nearest, off, delta, unit)
             return
         other = found != nearest
-        expected = moved if not bool(other.any()) else nearest - base
-        away = off if expected is moved else nearest - target
-        self.expected += _dot(expected, delta)
-        self.predicted += _dot(away, away)
-        if expected is not moved and self.dtype not in _WIDE:
-            step = _steps(target[other], unit[other] if unit.dim() else unit, self.dtype)
-            apart = (found[other] - nearest[other]).abs()
-            self.strays += int((apart > 0.25 * step).sum())
-            self.far += int((apart > 1.001 * step).sum())
+        if not bool(other.any()):
+            self.expected += _dot(moved, delta)
+            self.predicted += _dot(off, off)
+            return
+        self.expected += _dot(nearest - base, delta)
+        self.predicted += _dot(nearest - target, nearest - target)
+        if self.dtype in _WIDE:
+            return
+        # The sum was made in float32, and where W and Δ cancel its error may be many steps of what is left.
+        step = _steps(target[other], unit[other] if unit.dim() else unit, self.dtype)
+        slack = SINGLE * (base[other].abs() + delta[other].abs())
+        apart = (found - nearest)[other]
+        self.strays += int((apart.abs() > 0.25 * step + slack).sum())
+        self.far += int((apart.abs() > 1.001 * step + slack).sum())
+        self.noise += _dot((apart * delta[other]).square(), torch.ones_like(apart))
 
     def _add_drawn(self, target: torch.Tensor, nearest: torch.Tensor, off: torch.Tensor, delta: torch.Tensor, unit: torch.Tensor) -> None:
         """Of a block that was rounded stochastically: each value is one of the two around its target, by chance."""
@@ -351,7 +379,7 @@ class _Sums:
             return f"{self.far} of {self.count} entries are off by more than one step of {self.dtype}"
         if self.strays > STRAYS * self.count + 3:
             return f"{self.strays} of {self.count} entries are not the nearest values"
-        if self.stochastic and abs(deviation) > 6 * math.sqrt(max(self.noise, 0.0)) / (self.delta or 1.0) + 1e-6:
+        if abs(deviation) > 6 * math.sqrt(max(self.noise, 0.0)) / (self.delta or 1.0) + 1e-6:
             return "the projection on the delta is not what rounding predicts"
         return ""
 
