@@ -69,3 +69,18 @@ def test_shards_and_a_cast_pass(tmp_path: Path) -> None:
     for dtype in (None, "BF16", "F16"):
         result = merge(folder, [(adapter, 1.0)], tmp_path / f"out-{dtype}", dtype=dtype, verify=True)
         assert (result["verify"]["ok"], result["verify"]["sites"]) == (True, 4)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=numbers.named)
+def test_sums_that_cancel_pass(dtype: torch.dtype, size: float, rounding: str, tmp_path: Path) -> None:
+    """64 products that cancel among themselves, W small or zero, W against Δ: what is left of a sum in float32 may be off by many steps
+    of its own. Every large model has such entries, by chance."""
+    base = {f"{name}.weight": (hand.noise(512, 512, seed=seed) * size).to(dtype) for seed, name in enumerate(SQUARE)}
+    pairs = {name: hand.pair((512, 512), 64, 8.0, 10 * seed) for seed, name in enumerate(SQUARE)}
+    base[f"{SQUARE[0]}.weight"] = hand.nearest(-pairs[SQUARE[0]].delta(), dtype).to(dtype)
+    adapter = hand.peft(tmp_path / "adapter", pairs)
+    source = hand.save(tmp_path / "base.safetensors", base)
+    result = merge(source, [(adapter, 1.0)], tmp_path / "out.safetensors", rounding=rounding, verify=True)
+    assert (result["verify"]["ok"], result["verify"]["sites"]) == (True, 3)
