@@ -48,6 +48,29 @@ class Site:
 
 
 @dataclass(frozen=True)
+class RowDelta:
+    """ΔW of a weight seen as a matrix (out, in · kernel), block by block.
+
+    rows: (start, stop, those rows of W) → ΔW there, a new tensor of shape (stop - start, in · kernel)
+    entries: (rows, columns) → ΔW at these places in float64; None where an entry depends on more than its row and column
+    reach: (out) float64, a bound of Σ |products| in each row's entries: what a sum in a narrower dtype is off by goes with it
+    """
+
+    rows: Callable[[int, int, torch.Tensor], torch.Tensor]
+    entries: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    reach: torch.Tensor | None = None
+
+    def times(self, factor: float) -> RowDelta:
+        """factor · ΔW."""
+        rows, entries = self.rows, self.entries
+        return RowDelta(
+            lambda start, stop, weight: rows(start, stop, weight).mul_(factor),
+            None if entries is None else lambda places, columns: entries(places, columns) * factor,
+            None if self.reach is None else self.reach * abs(factor),
+        )
+
+
+@dataclass(frozen=True)
 class Module(ABC):
     """One adapter module: factors by role, and alpha.
 
@@ -114,11 +137,11 @@ class Module(ABC):
         """Does `bias_delta` change a bias where there is one?"""
         return self.needs_bias
 
-    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor] | None:
-        """ΔW a block of output rows at a time, for weights too large to hold whole: (start, stop, those rows of W) → ΔW there.
+    def by_rows(self, dtype: torch.dtype) -> RowDelta | None:
+        """ΔW a block of output rows at a time, for weights too large to hold whole, scale included.
 
-        The factors are read once, at this call, and the products are formed in `dtype`, scale included; the result is a new
-        tensor of shape (stop - start, in · kernel). None where rows cannot be told apart (`delta` is the whole).
+        The factors are read once, at this call, and the products are formed in `dtype`. None where rows cannot be told apart
+        (`delta` is the whole).
         """
         return None
 

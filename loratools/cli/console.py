@@ -98,7 +98,6 @@ class Output:
         with Console(stderr=True, markup=False).status(clean(label)):
             yield
 
-
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int], None] | None]:
         """A bar on stderr, moved by the function it gives (bytes done, bytes in all); None where stderr is no terminal."""

@@ -84,7 +84,8 @@ def show(output: Output, result: dict[str, Any]) -> None:
         output.say(f"plan: {counted(result['plan']['tensors'], 'tensor')}, {size(result['plan']['bytes'])}")
         output.say(f"would write {result['output']}")
         return
-    output.say(f"wrote {result['output']} in {number(result['seconds'])} s, peak memory {number(result['peak_rss_mb'])} MB")
+    memory = "" if result["peak_rss_mb"] is None else f", peak memory {number(result['peak_rss_mb'])} MB"
+    output.say(f"wrote {result['output']} in {number(result['seconds'])} s{memory}")
 
 
 def _rounding(output: Output, result: dict[str, Any]) -> None:

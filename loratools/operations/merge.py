@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +199,15 @@ def _extra_files(plan: MergePlan) -> dict[Path, Path]:
     return {Path(name): folder / name for folder in folders for name in _VOCABULARY if (folder / name).is_file()}
 
 
+def _peak_memory() -> float | None:
+    """Largest resident memory of this process in MB (VmHWM; getrusage would count that of the parent it was forked from)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmHWM:")), None)
+
+
 def _rows(work: _Work) -> list[dict[str, Any]]:
     return [_row(name, tensor.tally.total) for name, tensor in work.tensors.items()]
 
@@ -244,7 +252,7 @@ def _result(
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.layout.left_out],
         "warnings": plan.warnings,
         "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_rss_mb": _peak_memory(),
     }
     if verification is not None:
         result["verify"] = verification.as_json()

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from loratools.adapters.adapter import RowDelta
 from loratools.errors import CheckFailed
 from loratools.operations import merge as operation
 from loratools.operations.merge import merge
@@ -29,7 +30,6 @@ K, O = (Q.replace("q_proj", name) for name in ("k_proj", "o_proj"))  # noqa: E74
 SQUARE = (Q, K, O)
 SIZE = 256
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RowDelta = Callable[[int, int, torch.Tensor], torch.Tensor]
 
 
 def model(dtype: torch.dtype) -> Tensors:
@@ -101,8 +101,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, site: str, change: Callable[[torch.
             return block
         height = region.place.stop - region.place.start
         weight = torch.zeros(height, base.tensors[region.place.key].shape[1], dtype=dtype)
-        whole = change(block(0, height, weight))
-        return lambda start, stop, _: whole[start:stop].clone()
+        whole = change(block.rows(0, height, weight))
+        return RowDelta(lambda start, stop, _: whole[start:stop].clone())
 
     monkeypatch.setattr(arithmetic, "row_delta", row_delta)
 

@@ -7,12 +7,12 @@ added; it changes no value by itself. There is no alpha: the scale is 1, a store
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import factors as fac
-from loratools.adapters.adapter import NotExact
+from loratools.adapters.adapter import NotExact, RowDelta
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Kind, Problem, register
 from loratools.errors import MalformedError
@@ -90,7 +90,7 @@ class Dense(Kind):
     def changes_weight(self) -> bool:
         return any(role in self.factors for role in (*WEIGHTS, *SPARSE))
 
-    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor] | None:
+    def by_rows(self, dtype: torch.dtype) -> RowDelta | None:
         """One full tensor (`diff` or a replacement), its rows read when they are needed."""
         found = [role for role in (*WEIGHTS, *SPARSE) if role in self.factors]
         if len(found) != 1 or "reshape_weight" in self.factors:
@@ -101,7 +101,12 @@ class Dense(Kind):
             rows = tensor.load_rows(start, stop).to(dtype, copy=True).reshape(stop - start, -1)
             return rows.sub_(weight.reshape(stop - start, -1)) if replaces else rows
 
-        return block
+        def entries(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            first, last = int(rows.min()), int(rows.max()) + 1
+            found: torch.Tensor = tensor.load_rows(first, last).reshape(last - first, -1)[rows - first, columns].to(change_dtype())
+            return found
+
+        return RowDelta(block, None if replaces else entries)
 
     def _sparse(self) -> torch.Tensor:
         """bias_values at bias_indices (dimensions, n) of zeros of shape bias_size. Raises MalformedError for an index outside."""

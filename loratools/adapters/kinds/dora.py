@@ -8,13 +8,13 @@ Liu et al., 2024 (arXiv:2402.09353); axes as in LyCORIS (`wd_on_out`), OneTraine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import factors as fac
-from loratools.adapters.adapter import NotExact
+from loratools.adapters.adapter import NotExact, RowDelta
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Kind, Problem, Scaled, register
 from loratools.adapters.kinds.loha import Loha
@@ -112,7 +112,7 @@ class Dora(Kind):
         magnitude = fac.exact(self.magnitude).reshape(norm.shape)
         return torch.where(norm > 0, magnitude / norm, torch.zeros_like(norm)) * direction - base
 
-    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor] | None:
+    def by_rows(self, dtype: torch.dtype) -> RowDelta | None:
         """Out axis only: each row has its own norm. A column's norm needs all rows."""
         inner = self.inner.by_rows(dtype)
         if inner is None or self.axis == "in" or (isinstance(self.inner, Lora) and self.inner.embedding):
@@ -123,12 +123,12 @@ class Dora(Kind):
 
         def block(start: int, stop: int, weight: torch.Tensor) -> torch.Tensor:
             base = weight.reshape(stop - start, -1)
-            direction = inner(start, stop, weight) + base
+            direction = inner.rows(start, stop, weight) + base
             norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
             factor = torch.where(norm > 0, magnitude[start:stop] / norm, torch.zeros_like(norm))
             return direction.mul_(factor).sub_(base)
 
-        return block
+        return RowDelta(block)
 
     def bias_delta(self, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         return self.inner.bias_delta(bias)

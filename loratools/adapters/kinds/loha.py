@@ -10,11 +10,11 @@ Without cores the factors do not tell a convolution's kernel: the shape is (o, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import factors as fac
-from loratools.adapters.adapter import NotExact
+from loratools.adapters.adapter import NotExact, RowDelta
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Problem, Scaled, register
 from loratools.adapters.kinds.lora import Lora
@@ -98,9 +98,15 @@ class Loha(Scaled):
         delta = ((a1 @ b1) * (a2 @ b2)).mul_(self.scale).reshape([size for size in self.shape if size is not None])
         return common.fitted(delta, weight, flattened=not self.tucker)
 
-    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
-        (a1, b1), (a2, b2) = ((a.to(dtype), b.to(dtype)) for a, b in self.pairs())
-        return lambda start, stop, _: ((a1[start:stop] @ b1) * (a2[start:stop] @ b2)).mul_(self.scale)
+    def by_rows(self, dtype: torch.dtype) -> RowDelta:
+        (up1, down1), (up2, down2) = self.pairs()
+        up1 = up1 * self.scale
+        (a1, b1), (a2, b2) = ((up1.to(dtype), down1.to(dtype)), (up2.to(dtype), down2.to(dtype)))
+        return RowDelta(
+            lambda start, stop, _: (a1[start:stop] @ b1) * (a2[start:stop] @ b2),
+            lambda rows, columns: (up1[rows] * down1.t()[columns]).sum(1) * (up2[rows] * down2.t()[columns]).sum(1),
+            up1.norm(dim=1) * down1.norm(dim=0).max() * up2.norm(dim=1) * down2.norm(dim=0).max(),
+        )
 
     # --- row moves ---------------------------------------------------------------------------------------------------
 

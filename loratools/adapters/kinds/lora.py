@@ -8,12 +8,12 @@ Norms, singular values and errors come from the QR cores of the factors: no (o, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from loratools.adapters import algebra
 from loratools.adapters import factors as fac
-from loratools.adapters.adapter import Module, NotExact, quotient
+from loratools.adapters.adapter import Module, NotExact, RowDelta, quotient
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Problem, Scaled, register
 from loratools.tensors.lazy import ComputedTensor, LazyTensor, torch_dtype
@@ -91,10 +91,15 @@ class Lora(Scaled):
         delta = (up @ down).mul_(self.scale).reshape([size for size in self.shape if size is not None])
         return common.fitted(delta, weight)
 
-    def by_rows(self, dtype: torch.dtype) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
+    def by_rows(self, dtype: torch.dtype) -> RowDelta:
         up, down = self.matrices()
-        left, right = (up * self.scale).to(dtype), down.to(dtype)
-        return lambda start, stop, _: left[start:stop] @ right
+        up = up * self.scale
+        left, right = up.to(dtype), down.to(dtype)
+        return RowDelta(
+            lambda start, stop, _: left[start:stop] @ right,
+            lambda rows, columns: (up[rows] * down.t()[columns]).sum(1),
+            up.norm(dim=1) * down.norm(dim=0).max(),
+        )
 
     def bias_delta(self, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         extra = self.extra_bias()

@@ -97,9 +97,7 @@ def told(job: Job, out: Path, planned: Plan, grams: Sequence[Gram] = (), fits: S
         "pairwise_cosine": cosines(summed(grams, len(job.given))) if grams else None,
         "ranks_after": {str(rank): count[rank] for rank in sorted(count)},
         "relative_error": _whole(job, grams, fits).relative_error if fits else None,
-        "worst": [
-            {"site": str(sites[0]), "rank": _rank(sites, ranks), "relative_error": fit.relative_error} for sites, fit in ranked
-        ],
+        "worst": [{"site": str(sites[0]), "rank": _rank(sites, ranks), "relative_error": fit.relative_error} for sites, fit in ranked],
         "sites": len(planned.sites),
         "only_in": _only_in(job),
         "warnings": _warnings(job, out),

@@ -14,20 +14,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from loratools.adapters import factors
-from loratools.adapters.adapter import Module, NotExact
+from loratools.adapters.adapter import Module, NotExact, RowDelta
 from loratools.errors import LoraToolsError, NotFiniteError
 from loratools.mapping.bases import Base
 from loratools.operations.merging.placing import Region, Term
 from loratools.operations.merging.storage import Once, ScaledStorage, Storage
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor
+from loratools.tensors.rounding import float_format
 
 if TYPE_CHECKING:
     import torch
 
+UNSURE = 2.0**-21  # error of a sum in float32 that is four times what is usual, relative to Σ |products| + |W|
 BLOCK = 1 << 19  # elements computed at a time: small enough for a processor's cache
-
-RowDelta = Callable[[int, int, "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def row_delta(term: Term, region: Region, base: Base, dtype: torch.dtype) -> Row
     streamed = _streamed(term, region, dtype)
     if streamed is not None:
         return streamed
-    whole = Once(lambda: whole_delta(term, region, base).to(dtype))
-    return lambda start, stop, _: whole()[start:stop].reshape(stop - start, -1).clone()
+    whole = Once(lambda: _matrix(whole_delta(term, region, base)))
+    return RowDelta(
+        lambda start, stop, _: whole()[start:stop].to(dtype, copy=True),
+        lambda rows, columns: whole()[rows, columns],
+    )
 
 
 def _streamed(term: Term, region: Region, dtype: torch.dtype) -> RowDelta | None:
@@ -80,10 +83,12 @@ def _streamed(term: Term, region: Region, dtype: torch.dtype) -> RowDelta | None
         module = module.transpose() if region.place.transposed else module
     except NotExact:
         return None
-    block, weight = module.by_rows(dtype), term.weight
-    if block is None or weight == 1.0:
-        return block
-    return lambda start, stop, rows: block(start, stop, rows).mul_(weight)
+    delta = module.by_rows(dtype)
+    return delta if delta is None or term.weight == 1.0 else delta.times(term.weight)
+
+
+def _matrix(delta: torch.Tensor) -> torch.Tensor:
+    return delta.reshape(delta.shape[0], -1)
 
 
 def whole_delta(term: Term, region: Region, base: Base) -> torch.Tensor:
@@ -176,8 +181,7 @@ class MergedTensor(LazyTensor):
         ready: list[tuple[Region, list[RowDelta]]] = []
         for region in self.regions:
             if region.role == "bias":
-                change = bias_delta(region, self.base).to(dtype)
-                ready.append((region, [_cut(change)]))
+                ready.append((region, [_of_bias(bias_delta(region, self.base), dtype)]))
             else:
                 ready.append((region, [row_delta(term, region, self.base, dtype) for term in region.terms]))
 
@@ -189,7 +193,7 @@ class MergedTensor(LazyTensor):
                 if first >= last:
                     continue
                 mine = rows[first - start : last - start]
-                found = [delta(first - region.place.start, last - region.place.start, mine) for delta in deltas]
+                found = [delta.rows(first - region.place.start, last - region.place.start, mine) for delta in deltas]
                 for other in found[1:]:
                     found[0].add_(_same(self.name, other, found[0]))
                 if (first, last) == (start, stop) and total is None:
@@ -199,7 +203,32 @@ class MergedTensor(LazyTensor):
                 total[first - start : last - start] += _same(self.name, found[0].reshape(last - first, -1), mine)
             return torch.zeros_like(rows) if total is None else total
 
-        return block
+        if any(delta.entries is None for _, deltas in ready for delta in deltas):
+            return RowDelta(block)
+        return RowDelta(block, lambda rows, columns: self._entries(ready, rows, columns), self._reach(ready))
+
+    def _entries(self, ready: Sequence[tuple[Region, list[RowDelta]]], rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Σ of all terms at these places, in float64."""
+        import torch
+
+        total = torch.zeros(rows.numel(), dtype=torch.float64)
+        for region, deltas in ready:
+            mine = ((rows >= region.place.start) & (rows < self.end_of(region))).nonzero().flatten()
+            for delta in deltas if mine.numel() else ():
+                if delta.entries is not None:
+                    total[mine] += delta.entries(rows[mine] - region.place.start, columns[mine])
+        return total
+
+    def _reach(self, ready: Sequence[tuple[Region, list[RowDelta]]]) -> torch.Tensor:
+        """A bound of Σ |products| of all terms, by row."""
+        import torch
+
+        reach = torch.zeros(self.shape[0] if self.shape else 1, dtype=torch.float64)
+        for region, deltas in ready:
+            for delta in deltas:
+                if delta.reach is not None:
+                    reach[region.place.start : region.place.start + delta.reach.numel()] += delta.reach
+        return reach
 
     def end_of(self, region: Region) -> int:
         """Where a region ends: with the tensor where that has grown."""
@@ -209,15 +238,32 @@ class MergedTensor(LazyTensor):
     def _summed(self, start: int, stop: int, delta: RowDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(W, Δ, W + Δ) of rows start..stop, each (rows, columns), in the working dtype."""
         wide = self.storage.read(start, stop).reshape(stop - start, -1)
-        change = delta(start, stop, wide)
-        return wide, change, wide + change
+        change = delta.rows(start, stop, wide)
+        total = wide + change
+        self._sum_again(start, wide, change, total, delta)
+        return wide, change, total
+
+    def _sum_again(self, start: int, wide: torch.Tensor, change: torch.Tensor, total: torch.Tensor, delta: RowDelta) -> None:
+        """Entries in which so much cancels that the error of a float32 sum would be a step of the output's dtype: in float64."""
+        import torch
+
+        form = float_format(self.dtype)
+        if delta.entries is None or delta.reach is None or wide.dtype == torch.float64 or form.mantissa > 10:
+            return
+        reach = delta.reach[start : start + wide.shape[0], None] + wide.abs().amax(1, keepdim=True) + change.abs().amax(1, keepdim=True)
+        doubt = reach * UNSURE
+        doubt = torch.where(doubt < 2.0 ** (form.minimum - form.mantissa), torch.zeros_like(doubt), doubt)  # below the smallest step
+        rows, columns = (total.abs() < (doubt * 2.0 ** (form.mantissa + 1)).to(total.dtype)).nonzero(as_tuple=True)
+        if rows.numel():
+            exact = wide[rows, columns].to(torch.float64) + delta.entries(rows + start, columns)
+            total[rows, columns] = exact.to(total.dtype)
 
     def _summing(self) -> Callable[[int, int], torch.Tensor]:
         delta = self._delta()
         return lambda start, stop: self._summed(start, stop, delta)[2]
 
     def _block(self, start: int, stop: int, delta: Once[RowDelta]) -> torch.Tensor:
-        wide, change, total = self._summed(start, stop, delta() if self.regions else _nothing)
+        wide, change, total = self._summed(start, stop, delta() if self.regions else _NOTHING)
         stored = self.storage.write(total, start)
         back = self.storage.decode(stored, start)
         moved = back - wide
@@ -242,12 +288,11 @@ class MergedTensor(LazyTensor):
                 raise NotFiniteError(self.name, f"{self.name}: {message}", fix=fix)
 
 
-def _nothing(start: int, stop: int, rows: torch.Tensor) -> torch.Tensor:
-    return rows.new_zeros(rows.shape)
+def _of_bias(change: torch.Tensor, dtype: torch.dtype) -> RowDelta:
+    return RowDelta(lambda start, stop, _: change[start:stop].reshape(-1, 1).to(dtype, copy=True), lambda rows, _: change[rows])
 
 
-def _cut(change: torch.Tensor) -> RowDelta:
-    return lambda start, stop, _: change[start:stop].clone().reshape(-1, 1)
+_NOTHING = RowDelta(lambda start, stop, rows: rows.new_zeros(rows.shape))
 
 
 def _same(name: str, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

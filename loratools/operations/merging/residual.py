@@ -93,9 +93,9 @@ def _projected(region: Region, before: Base, after: Base, tensor: MergedTensor) 
     for start in range(place.start, place.stop, step):
         stop = min(start + step, place.stop)
         rows = tensor.storage.read(start, stop).reshape(stop - start, -1)
-        change = deltas[0](start - place.start, stop - place.start, rows)
+        change = deltas[0].rows(start - place.start, stop - place.start, rows)
         for delta in deltas[1:]:
-            change += delta(start - place.start, stop - place.start, rows)
+            change += delta.rows(start - place.start, stop - place.start, rows)
         found, _ = tensor.storage.reread(after.tensors[place.target], after.tensors, start, stop)
         mine = narrow[0][start - place.start : stop - place.start].t()
         gain += mine @ (change @ narrow[1])
