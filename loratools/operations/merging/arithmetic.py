@@ -250,10 +250,13 @@ class MergedTensor(LazyTensor):
         form = float_format(self.dtype)
         if delta.entries is None or delta.reach is None or wide.dtype == torch.float64 or form.mantissa > 10:
             return
-        reach = delta.reach[start : start + wide.shape[0], None] + wide.abs().amax(1, keepdim=True) + change.abs().amax(1, keepdim=True)
-        doubt = reach * UNSURE
-        doubt = torch.where(doubt < 2.0 ** (form.minimum - form.mantissa), torch.zeros_like(doubt), doubt)  # below the smallest step
-        rows, columns = (total.abs() < (doubt * 2.0 ** (form.mantissa + 1)).to(total.dtype)).nonzero(as_tuple=True)
+        largest = wide.abs().amax(1) + change.abs().amax(1)
+        doubt = (delta.reach[start : start + wide.shape[0]] + largest) * UNSURE
+        doubt[doubt < 2.0 ** (form.minimum - form.mantissa)] = 0.0  # below the dtype's smallest step
+        if not bool(doubt.any()):
+            return
+        limit = (doubt * 2.0 ** (form.mantissa + 1)).to(total.dtype)[:, None]
+        rows, columns = (total.abs() < limit).nonzero(as_tuple=True)
         if rows.numel():
             exact = wide[rows, columns].to(torch.float64) + delta.entries(rows + start, columns)
             total[rows, columns] = exact.to(total.dtype)
