@@ -103,7 +103,7 @@ def rank_for(sigma: torch.Tensor, size: int, *, rank: int | None = None, energy:
     if energy is not None:
         squares = sigma[:found].square()
         tails = squares.flip(0).cumsum(0).flip(0)  # tails[k]: what is lost by keeping k
-        found = max(int((tails > (1.0 - energy) * tails[0]).sum()), 1)
+        found = max(int((tails > (1.0 - energy + 1e-12) * tails[0]).sum()), 1)  # shares that are equal but for their rounding
     return found if rank is None else min(found, rank)
 
 

@@ -112,7 +112,16 @@ _EMBEDDINGS = (
     "transformer.wte",
     "wte",
     "gpt_neox.embed_in",
+    "transformer.word_embeddings",  # Bloom, Falcon
+    "word_embeddings",
+    "backbone.embeddings",  # Mamba
+    "transformer.tokens_embed",
+    "model.tok_embeddings",
 )
+
+# transformers' models of Conv1D layers, and those layers
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt2_double_heads", "clvp"})
+_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 _LEAVES = {
     "weight": (".weight", ".scale", "_weight", ""),  # Flux' norms say scale, open_clip in_proj_weight, bare parameters nothing
@@ -143,12 +152,18 @@ class Place:
 class Base:
     """A base model's tensors by site, whatever its layout. Opening reads headers only.
 
-    values: what to read in place of tensors that hold codes (fp8 with a scale), by key.
+    values: what to read in place of tensors that hold codes (fp8 with a scale), by key; model_type: of a config.json beside them.
     """
 
-    def __init__(self, source: TensorSource | Path, architecture: Architecture, values: Mapping[str, LazyTensor] | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource | Path,
+        architecture: Architecture,
+        values: Mapping[str, LazyTensor] | None = None,
+        model_type: str | None = None,
+    ) -> None:
         self.source = source if isinstance(source, TensorSource) else open_source(source)
-        self.architecture = architecture
+        self.architecture, self.model_type = architecture, model_type
         self.tensors = {**self.source.tensors, **(values or {})}
 
     @cached_property
@@ -197,9 +212,15 @@ class Base:
             if site.path.startswith(mine):
                 for key in self._keys(theirs + site.path[len(mine) :], role):
                     return Place(key, 0, (*self.tensors[key].shape, 0)[0])
-        if site.path == HEAD and role == "weight" and self.embedding is not None:
+        if site.path.rpartition(".")[2] == HEAD and role == "weight" and self.embedding is not None:
             return Place(self.embedding, 0, self.tensors[self.embedding].shape[0], output=f"{HEAD}.weight")
         return None
+
+    def conv1d(self, site: Site) -> bool | None:
+        """Is a layer transformers' Conv1D, whose weight is stored (in, out)? None where nothing tells the model's type."""
+        if self.model_type is None or not self.architecture.open_names:
+            return None if self.architecture.open_names else False
+        return self.model_type in _CONV1D_MODELS and site.path.rpartition(".")[2] in _CONV1D_LAYERS
 
     @cached_property
     def embedding(self) -> str | None:

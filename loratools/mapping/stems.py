@@ -16,13 +16,16 @@ from loratools.tensors.lazy import LazyTensor
 # Path segments that wrappers leave in names: torch.compile, DataParallel, PEFT's tuner layers and adapter names.
 _DEBRIS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|base_layer|default|modules_to_save\.\w+)(?:\.|$)")
 
+REPEATED = ("the base model's own weight", "a second copy of a saved module")  # companions that say nothing of their own
+
 # Tensors that ride along with an adapter and belong to no module: OneTrainer's embeddings, slider bookkeeping, and the base weights
 # that PEFT saves beside the LoRA of an embedding (`save_embedding_layers="auto"`).
 _COMPANIONS = (
     (re.compile(r"bundle_emb\."), "a bundled textual-inversion embedding"),
     (re.compile(r"_aux\."), "bookkeeping of a slider"),
-    (re.compile(r".*\.base_layer\.(?:weight|bias)$"), "the base model's own weight"),
+    (re.compile(r".*\.(?:base_layer|original_module)\.(?:weight|bias)$"), REPEATED[0]),
 )
+_COPY = re.compile(r"(.*)\.modules_to_save\.(weight|bias)$")  # PEFT saves it a second time beside a vocabulary that grew
 
 
 @dataclass
@@ -67,6 +70,9 @@ def gather(tensors: Mapping[str, LazyTensor]) -> Stems:
     unknown: list[str] = []
     for key, tensor in tensors.items():
         companion = next((what for pattern, what in _COMPANIONS if pattern.match(key)), None)
+        copy = _COPY.match(key)
+        if copy and ".".join(copy.groups()) in tensors:
+            companion = REPEATED[1]
         if companion:
             companions[key] = companion
             continue

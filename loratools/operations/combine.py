@@ -84,7 +84,10 @@ def combine(
         readings, found = read_together([path for path, _ in given], arch=arch, alpha=alpha, base=Path(base) if base else None)
         dialect = to if to in DIALECTS else found[0].dialect
         if DIALECTS[dialect].folder and out.suffix in (".safetensors", ".pt", ".bin"):
-            problems.append(UsageError(f"{out}: {dialect} is a folder, this is the name of a file"))
+            problems.append(UsageError(f"{out}: {dialect} is a folder, this is the name of a file", fix=f"{out.with_suffix('')}"))
+        elif out.suffix in (".ckpt", ".pt", ".bin"):
+            fix = f"{out.with_suffix('.safetensors')}"
+            problems.append(UsageError(f"{out}: only safetensors is written, never a pickle", fix=fix))
         job = _prepared(given, readings, found, dialect, recipe, wanted, threads, base)
     except LoraToolsError as error:
         problems.append(error)

@@ -59,7 +59,12 @@ def _names(reading: Reading) -> list[str]:
 
 
 def _usable(reading: Reading) -> Adapter:
-    adapter = checked(reading)
+    try:
+        adapter = checked(reading)
+    except InputError as error:
+        if error.fix and "--drop-unknown" in error.fix:  # what reading advises are options of convert
+            error.fix = f"loratools convert {reading.source.path} OUT --to DIALECT --drop-unknown takes them out"
+        raise
     best = reading.detection.best
     if best is not None and not best.architecture.supported:
         raise UnsupportedError(f"{reading.source.path.name}: {best.architecture.title} is recognised but not handled yet")

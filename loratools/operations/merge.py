@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratools.adapters.adapter import Adapter
 from loratools.errors import UnsupportedError, UsageError
+from loratools.mapping.architectures import Architecture
+from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.selection import Selection, read_block_weights
+from loratools.mapping.write import Plan
 from loratools.operations.merging import lineage
 from loratools.operations.merging.arithmetic import MergedTensor, Sums
-from loratools.operations.merging.plan import FLOATS, MergePlan, prepare
-from loratools.operations.merging.residual import Residual, residual_of, write_residual
+from loratools.operations.merging.plan import FLOATS, MergePlan, prepare, settings_of
+from loratools.operations.merging.residual import Residual, residual_of, residual_plan, residual_told
 from loratools.operations.merging.storage import Rounding, ScaledStorage, Storage
-from loratools.operations.merging.untying import edited_config
+from loratools.operations.merging.untying import edited_config, json_object
 from loratools.operations.merging.verify import Verification, verify_merge
+from loratools.operations.save import write_adapter
 from loratools.tensors.checkpoint import write_checkpoint
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.quantised import scaled_weights
@@ -82,15 +87,17 @@ def merge(
     beside = [Path(path) for path in (residual, report) if path is not None]
     given = [(Path(path), weight) for path, weight in adapters]
     plan = prepare(Path(base), given, Path(output), selection=selection, arch=arch, alpha=alpha, force=force, beside=beside)
+    if residual is not None:
+        _check_residual_name(plan, Path(residual))
     work = _work(plan, dtype, Rounding(rounding == "stochastic", seed))
     if dry_run:
-        planned = _result(plan, work, Path(base), Path(output), given, started, None, None)
-        return {**planned, "plan": {"tensors": planned["tensors"], "bytes": _nbytes(plan, work)}}
+        told = _result(plan, work, Path(base), Path(output), given, started, None, None)
+        return {**told, "plan": {"tensors": told["tensors"], "bytes": _nbytes(plan, work)}}
     options = {"component": component, "include": include, "exclude": exclude, "dtype": dtype, "arch": arch, "alpha": alpha,
                "rounding": rounding if rounding != "nearest" else None, "seed": seed or None}  # fmt: skip
     record = _record(plan, {name: value for name, value in options.items() if value}, block_weights, hash_base)
     workers = threads or len(os.sched_getaffinity(0))
-    outcome, taken = list[Verification](), list[Residual]()
+    outcome, taken, planned = list[Verification](), list[Residual](), list[tuple[Adapter, Architecture, Plan] | None]()
 
     def check(path: Path) -> None:
         if verify:
@@ -98,6 +105,7 @@ def merge(
             outcome.append(verify_merge(plan, path, made, workers))
         if residual is not None:
             taken.append(residual_of(plan, path, work.tensors, workers))
+            planned.append(residual_plan(plan, taken[0]))  # before the rename: a dialect may have no name for a site
 
     write_checkpoint(
         plan.layout,
@@ -112,11 +120,24 @@ def merge(
         check=check,
         progress=(lambda done: progress(done, _nbytes(plan, work))) if progress else None,
     )
-    recovered = write_residual(plan, taken[0], Path(residual), work.tensors, force=force) if residual is not None else None
+    recovered = None
+    if residual is not None:
+        if planned[0] is not None:
+            adapter, architecture, made = planned[0]
+            write_adapter(adapter, architecture, made, made.tensors, Path(residual), force=force)
+        recovered = residual_told(taken[0], Path(residual), work.tensors)
     result = _result(plan, work, Path(base), Path(output), given, started, outcome[0] if outcome else None, recovered)
     if report is not None:
         write_text_file(report, json.dumps({**result, "tensors_changed": _rows(work)}, indent=2) + "\n", force=force)
     return result
+
+
+def _check_residual_name(plan: MergePlan, path: Path) -> None:
+    """A residual is written in the dialect of the adapter named first, and for PEFT that is a folder."""
+    dialect = DIALECTS[next(one for one in plan.given if one.position == 0).adapter.dialect]
+    if dialect.folder and path.suffix in (".safetensors", ".pt", ".bin"):
+        fix = f"--residual {path.with_suffix('.' + dialect.name)}"
+        raise UsageError(f"{path}: {dialect.name}, the dialect of the first adapter, is a folder, this is the name of a file", fix=fix)
 
 
 @dataclass
@@ -132,7 +153,7 @@ class _Work:
 def _work(plan: MergePlan, dtype: str | None, rounding: Rounding) -> _Work:
     """Every tensor that will differ from the base's, described; nothing is computed yet."""
     work, source = _Work(), plan.source.tensors
-    config = json.loads(plan.config.read_text("utf-8")) if plan.config is not None else None
+    config = settings_of(plan.config)
     scales = scaled_weights(source, config, plan.source.metadata)
     if scales and dtype is not None:
         raise UnsupportedError("--dtype: the weights are fp8 codes with scales, which would have to be taken out", details=list(scales)[:8])
@@ -182,7 +203,7 @@ def _texts(plan: MergePlan, dtype: str | None) -> dict[Path, str]:
     for relative in plan.layout.copies:
         if relative.name != "config.json":
             continue
-        content = json.loads((root / relative).read_text("utf-8"))
+        content = json_object(root / relative)
         values: dict[str, Any] = dict(plan.edits.values) if plan.config == root / relative else {}
         if dtype is not None:
             values |= {key: _CONFIG_DTYPES[dtype] for key in ("torch_dtype", "dtype") if key in content}
@@ -254,6 +275,8 @@ def _result(
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_mb": _peak_memory(),
     }
+    if any(tensor.tally.blocks for tensor in work.tensors.values()) and not total.delta:
+        result["warnings"] = [*result["warnings"], "the adapters change nothing: every delta, weights included, is 0"]
     if verification is not None:
         result["verify"] = verification.as_json()
     if recovered is not None:

@@ -16,7 +16,7 @@ from loratools.adapters.adapter import Adapter, Entry, Module, NotExact, Site
 from loratools.adapters.kinds import Dense, Replacement
 from loratools.errors import LoraToolsError
 from loratools.mapping.architectures import Architecture
-from loratools.mapping.bases import Base, Place
+from loratools.mapping.bases import HEAD, Base, Place
 from loratools.mapping.selection import Selection
 
 _FLATTENED = ("loha", "lokr", "dora")  # kinds whose convolutions may come with the kernel folded into the inputs
@@ -175,13 +175,17 @@ def _nearest(site: Site, base: Base) -> str:
 
 
 def _oriented(term: Term, place: Place, base: Base) -> Place:
-    """A Conv1D keeps its weight (in, out): PEFT says so with fan_in_fan_out, and a Linear under the same flag fits only as it is."""
-    config: Mapping[str, Any] = term.given.adapter.config or {}
-    shape, mine = base.tensors[place.key].shape, term.acting.shape
-    if not config.get("fan_in_fan_out") or len(shape) != 2 or isinstance(term.acting, Dense) or "embedding_up" in term.acting.factors:
+    """A Conv1D keeps its weight (in, out).
+
+    The base says whether a layer is one (`Base.conv1d`); PEFT's fan_in_fan_out is that of the layer it visited last, so it counts
+    only where the base has no config.json.
+    """
+    if len(base.tensors[place.key].shape) != 2 or isinstance(term.acting, Dense) or "embedding_up" in term.acting.factors:
         return place
-    fits = all(have in (None, want) for have, want in zip(mine, reversed(shape), strict=False))
-    return replace(place, transposed=True) if fits and term.site.path != "lm_head" else place
+    config: Mapping[str, Any] = term.given.adapter.config or {}
+    turned = base.conv1d(term.site)
+    turned = bool(config.get("fan_in_fan_out")) and term.site.path != HEAD if turned is None else turned
+    return replace(place, transposed=True) if turned else place
 
 
 def _misfit(term: Term, stored: tuple[int, ...], place: Place, placement: Placement) -> str | None:

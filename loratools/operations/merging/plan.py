@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import AmbiguousError, InputError, LoraToolsError, UnsupportedError, UsageError
+from loratools.errors import AmbiguousError, InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError
 from loratools.mapping import peft_config
 from loratools.mapping.bases import Base
 from loratools.mapping.checkpoints import CheckpointGuess, identify
 from loratools.mapping.read import analyse, checked, tables_of
 from loratools.mapping.selection import Selection
+from loratools.mapping.stems import REPEATED
 from loratools.operations.convert import worst
 from loratools.operations.inputs import needs_alpha
 from loratools.operations.merging.lineage import file_digest
 from loratools.operations.merging.placing import Given, Placement, Region, place_all
-from loratools.operations.merging.untying import Edits, language_edits, missing_tokens
+from loratools.operations.merging.untying import Edits, json_object, language_edits, missing_tokens
 from loratools.tensors.layout import Layout, layout_of
 from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.quantised import ScaledTensor, scaled_weights, unsupported
@@ -31,7 +33,9 @@ from loratools.tensors.writer import kept_aside, output_problems
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BIT = ("F8_E4M3", "F8_E5M2")
-_QUANTISED = re.compile(r"(?i)bnb|[-_](?:4|8)-?bit|int[48]\b|gptq|awq|nf4|qlora|fp8|gguf")
+_QUANTISED = re.compile(
+    r"(?i)bnb|[-_](?:4|8)-?bit|(?<![a-z])int[48]\b|gptq|awq|nf4|qlora|fp8|gguf|hqq|exl2|mxfp4|w[48]a\d+|[-_.]q[2-8]_[k0-9]"
+)
 _BASE_NAMES = ("base_model_name_or_path", "base_model", "ss_sd_model_name", "ss_base_model")
 
 
@@ -70,7 +74,8 @@ def prepare(
     Raises one error that lists every problem; its code is the first of 3, 2 and 1 among them.
     """
     inputs = [base, *(path for path, _ in adapters)]
-    problems = [problem for path in beside for problem in output_problems(path, [*inputs, output], force=force)]
+    problems = [problem for path in beside for problem in output_problems(path, inputs, force=force)]
+    problems += _beside_problems(base, output, beside)
     try:
         source = open_source(base)
         layout = layout_of(source)
@@ -95,8 +100,13 @@ def prepare(
         raise worst(problems)
     given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
     config = _config_of(source)
-    values = _values(source, config)
-    bases = {one.architecture.name: Base(source, one.architecture, values) for one in given}
+    try:
+        settings = settings_of(config)
+        values = _values(source, config)
+    except LoraToolsError as error:
+        raise worst([error, *problems]) from error
+    model_type = str(settings["model_type"]) if settings and settings.get("model_type") else None
+    bases = {one.architecture.name: Base(source, one.architecture, values, model_type) for one in given}
     problems += _residual_inits(given)
     beside_modules = [key for one in given for key in one.beside]
     on_sites = tuple(glob for glob in selection.exclude if not any(fnmatchcase(key, glob) for key in beside_modules))
@@ -105,7 +115,7 @@ def prepare(
     placement = place_all(given, bases, selection)
     _place_beside(given, selection, placement)
     edits = _language(placement, bases, given, config)
-    problems += _quantised(source, placement, config) or _unmatched(placement, base)
+    problems += _quantised(source, placement, config) or _unmatched(placement, base, given)
     problems += _collected(placement.problems + edits.problems, base)
     if problems:
         raise worst(problems)
@@ -140,16 +150,19 @@ def _given(path: Path, weight: float, position: int, base: Path, guess: Checkpoi
     if known and not fits:
         found = " or ".join(sorted(names)) or "a language model"
         raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.name} is {found}")
-    beside = {key: f"{key}: belongs to no module" for key in adapter.residue}
+    companions = reading.detection.stems.companions
+    repeated = [key for key in adapter.residue if companions.get(key) in REPEATED]
+    beside = {key: f"{key}: belongs to no module" for key in adapter.residue if key not in repeated}
     beside |= {str(found.site): found.message for found in reading.findings if found.code == "unknown-key"}
     warnings = [f"{path.name}: {found.message}" for found in reading.findings if found.severity == "warning" and found.code != "companion"]
+    warnings += [f"{path.name}: {key}: {companions[key]}, not merged" for key in repeated]
     warnings += _quantised_base(path, adapter.config or {}, adapter.metadata)
     return Given(path, weight, adapter, architecture, file_digest(opened), position, tuple(warnings), tuple(opened.files), beside)
 
 
 def _values(source: TensorSource, config: Path | None) -> dict[str, LazyTensor]:
     """The weights that are stored as codes with a scale, as values: what kinds that multiply the weight have to see."""
-    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    settings = settings_of(config)
     found = scaled_weights(source.tensors, settings, source.metadata)
     return {key: ScaledTensor(source.tensors[key], scaled, source.tensors[scaled.scale]) for key, scaled in found.items()}
 
@@ -191,6 +204,17 @@ def _form_problems(output: Path, layout: Layout) -> list[LoraToolsError]:
     return []
 
 
+def _beside_problems(base: Path, output: Path, beside: Sequence[Path]) -> list[LoraToolsError]:
+    """Outputs under one name, and an output inside the base: the next merge would take it for a part of it."""
+    names = [os.path.realpath(path) for path in (output, *beside)]
+    found: list[LoraToolsError] = []
+    if len(set(names)) < len(names):
+        found.append(UsageError(f"{', '.join(map(str, (output, *beside)))}: two outputs under one name", fix="give each a name of its own"))
+    if base.is_dir() and any(Path(os.path.realpath(base)) in Path(name).parents for name in names):
+        found.append(OutputExistsError(f"{output}: lies inside the base {base}, which would change it", fix="write it beside the base"))
+    return found
+
+
 def _residual_inits(given: Sequence[Given]) -> list[LoraToolsError]:
     """PiSSA and its like fit the base they changed: on the original one they need their initial adapter taken away again."""
     changed = [one for one in given if peft_config.residual_init(one.adapter.config or {})]
@@ -207,6 +231,11 @@ def _residual_inits(given: Sequence[Given]) -> list[LoraToolsError]:
     ]
 
 
+def settings_of(config: Path | None) -> dict[str, Any] | None:
+    """The object in a config.json (which may hold Infinity, so it is no strict JSON). Raises MalformedError naming the file."""
+    return None if config is None else json_object(config)
+
+
 def _config_of(source: TensorSource) -> Path | None:
     """The config.json of a model folder (not of a pipeline)."""
     folder = source.path if source.path.is_dir() else source.path.parent
@@ -217,7 +246,7 @@ def _config_of(source: TensorSource) -> Path | None:
 def _language(placement: Placement, bases: Mapping[str, Base], given: Sequence[Given], config: Path | None) -> Edits:
     """Tied heads and vocabularies, for the bases that are language models; elsewhere a weight may grow only in a file of its own."""
     edits = Edits()
-    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    settings = settings_of(config)
     for base in bases.values():
         if not base.architecture.open_names:
             if placement.grown and base.source.path.is_dir():
@@ -234,12 +263,14 @@ def _language(placement: Placement, bases: Mapping[str, Base], given: Sequence[G
     return edits
 
 
-def _unmatched(placement: Placement, base: Path) -> list[LoraToolsError]:
+def _unmatched(placement: Placement, base: Path, given: Sequence[Given]) -> list[LoraToolsError]:
     if not placement.unmatched:
         return []
     count = len(placement.unmatched)
     told = f"{count} tensor{'s' * (count > 1)} of the adapters find no weight in {base.name}"
-    fix = "--component denoiser (or another part) merges that part alone; --exclude leaves sites out by name"
+    parts = sorted({component for one in given for component in one.adapter.components})
+    alone = f"--component {parts[0]} merges that part alone; " if len(parts) > 1 else ""
+    fix = f"{alone}--exclude GLOB leaves sites, or tensors of no module, out by name"
     return [InputError(told, details=placement.unmatched, fix=fix)]
 
 
@@ -251,7 +282,7 @@ def _collected(messages: Sequence[str], base: Path) -> list[LoraToolsError]:
 
 def _quantised(source: TensorSource, placement: Placement, config: Path | None) -> list[LoraToolsError]:
     """Weights that are codes nothing here can read: named with their kind."""
-    settings = json.loads(config.read_text("utf-8")) if config is not None else None
+    settings = settings_of(config)
     known = unsupported(source.tensors, settings, source.metadata)
     found = []
     for stored in [*(regions[0].place.key if regions else key for key, regions in placement.regions.items()), *placement.misfits]:

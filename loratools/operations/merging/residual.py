@@ -18,12 +18,13 @@ from loratools.adapters.adapter import Adapter, Entry, NotExact
 from loratools.adapters.algebra import in_parallel
 from loratools.adapters.kinds import Lora
 from loratools.errors import UnsupportedError
+from loratools.mapping.architectures import Architecture
 from loratools.mapping.bases import Base
+from loratools.mapping.write import Plan
 from loratools.mapping.write import plan as write_plan
 from loratools.operations.merging.arithmetic import MergedTensor, Sums, row_delta
 from loratools.operations.merging.placing import Region
 from loratools.operations.merging.plan import MergePlan
-from loratools.operations.save import write_adapter
 from loratools.tensors.lazy import from_torch
 from loratools.tensors.reader import open_source
 
@@ -137,17 +138,26 @@ def _sides(region: Region) -> tuple[torch.Tensor, torch.Tensor] | None:
     return torch.cat(ups, 1), torch.cat(downs, 1)
 
 
-def write_residual(plan: MergePlan, residual: Residual, path: Path, tensors: Mapping[str, MergedTensor], *, force: bool) -> dict[str, Any]:
-    """Write the LoRA in the first adapter's dialect and say how much of the loss it gives back.
+def residual_plan(plan: MergePlan, residual: Residual) -> tuple[Adapter, Architecture, Plan] | None:
+    """The LoRA as it will be written, in the dialect of the adapter named first; None where rounding took nothing.
 
-    Nothing is written, and "path" is None, where rounding took nothing at all.
+    Raises UnsupportedError where that dialect has no name for a site.
     """
+    if not residual.entries:
+        return None
     first = next(one for one in plan.given if one.position == 0)
-    dims = first.adapter.dims
-    adapter = Adapter(first.adapter.architecture, first.adapter.dialect, tuple(residual.entries), variant=first.adapter.variant, dims=dims)
-    if residual.entries:
-        made = write_plan(adapter, first.architecture, first.adapter.dialect)
-        write_adapter(adapter, first.architecture, made, made.tensors, path, force=force)
+    made = Adapter(
+        first.adapter.architecture,
+        first.adapter.dialect,
+        tuple(residual.entries),
+        variant=first.adapter.variant,
+        dims=first.adapter.dims,
+    )
+    return made, first.architecture, write_plan(made, first.architecture, first.adapter.dialect)
+
+
+def residual_told(residual: Residual, path: Path, tensors: Mapping[str, MergedTensor]) -> dict[str, Any]:
+    """How much of the loss the residual gives back; "path" is None where there was nothing to write."""
     total = sum((tensor.tally.total for tensor in tensors.values()), start=Sums())
     ranks = [entry.module.rank or 0 for entry in residual.entries]
     return {

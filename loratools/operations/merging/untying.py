@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratools.errors import MalformedError
 from loratools.mapping.bases import HEAD, Base
 from loratools.operations.merging.placing import Placement
 
@@ -72,8 +73,19 @@ def missing_tokens(folder: Path, rows: int) -> int:
     for name, entries in (("added_tokens.json", _added), ("tokenizer.json", _listed)):
         path = folder / name
         if path.is_file():
-            highest = max([highest, *entries(json.loads(path.read_text("utf-8")))])
+            highest = max([highest, *entries(json_object(path))])
     return max(highest + 1 - rows, 0)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object a file holds. Raises MalformedError naming the file."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise MalformedError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise MalformedError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _added(content: Any) -> list[int]:

@@ -107,10 +107,15 @@ def verify_merge(plan: MergePlan, path: Path, made: Mapping[str, LazyTensor], th
     return result
 
 
-def _names_differ(plan: MergePlan, written: Mapping[str, LazyTensor], made: Collection[str]) -> list[str]:
-    expected = {*plan.source.tensors, *made}
-    return [f"{key}: is missing" for key in expected - written.keys()] + [
-        f"{key}: was not in the base" for key in written.keys() - expected
+def _names_differ(plan: MergePlan, written: Mapping[str, LazyTensor], made: Mapping[str, LazyTensor]) -> list[str]:
+    """Tensors that are missing, that nothing asked for, or that have another dtype or shape than was planned."""
+    expected = {**plan.source.tensors, **made}
+    found = [f"{key}: is missing" for key in expected if key not in written]
+    found += [f"{key}: was not in the base" for key in written if key not in expected]
+    return found + [
+        f"{key}: is {written[key].dtype} {list(written[key].shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in written and (written[key].dtype, written[key].shape) != (tensor.dtype, tensor.shape)
     ]
 
 
