@@ -50,7 +50,7 @@ def test_what_peft_saves_beside_a_grown_vocabulary(tmp_path: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "modules_to_save": ["lm_head"]}))
     result = merge(base, [(adapter, 1.0)], tmp_path / "out")
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], saved)
+    assert float((load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"] - saved).abs().max()) < 1e-6
     assert any("original_module" in warning for warning in result["warnings"])
 
 
