@@ -169,3 +169,24 @@ def test_combine_writes_no_pickle(tmp_path: Path, files: Any) -> None:
         combine([(files[2], 1.0)], tmp_path / "out.ckpt", to="diffusers")
     assert caught.value.exit_code in (2, 3)
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_an_embedding_under_another_models_name(tmp_path: Path) -> None:
+    """Bloom's word_embeddings, which its head shares: the head becomes a tensor of its own."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / "base")
+    key = "transformer.word_embeddings"
+    before = load_file(tmp_path / "base" / "model.safetensors")[f"{key}.weight"]
+    up, down = torch.randn(32, 4), torch.randn(4, 100)
+    stem = f"base_model.model.{key}"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({f"{stem}.lora_embedding_A": down, f"{stem}.lora_embedding_B": up}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    merge(tmp_path / "base", [(adapter, 1.0)], tmp_path / "out", verify=True)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], before)
+    assert float((after[f"{key}.weight"] - before - (up @ down).t()).abs().max()) < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False

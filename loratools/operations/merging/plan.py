@@ -132,6 +132,9 @@ def _given(path: Path, weight: float, position: int, base: Path, guess: Checkpoi
     opened = open_source(path)
     names = {architecture.name for architecture, _, _ in guess.candidates}
     reading = analyse(opened, arch=arch, alpha=alpha, base=base)
+    best = reading.detection.best
+    if arch is None and guess.layout == "hf" and best is not None and not _registered(best.architecture.name):
+        reading = analyse(opened, arch="llm", alpha=alpha)  # names of its own, but a language model with what that entails
     if reading.detection.ambiguous:
         possible = [candidate.architecture.name for candidate in reading.detection.candidates]
         fitting = ["llm"] if guess.layout == "hf" else [name for name in possible if name in names]
