@@ -27,13 +27,12 @@ from loratools.tensors.reader import TensorSource, open_source
 _NAME = re.compile(r"[^a-z0-9]+")
 
 
-def architecture_of_base(path: Path) -> Architecture:
+def architecture_of_base(source: TensorSource) -> Architecture:
     """An architecture whose only table is the base's own module names: any model works.
 
     A module is whatever has a `.weight` of two dimensions or more; prefixes of known checkpoint layouts are taken off. Names
     are the same in every dialect; only flattening, prefixes and suffixes differ. Raises UnknownError for a file without weights.
     """
-    source = open_source(path)
     rows: dict[str, Row] = {}
     for key, tensor in source.tensors.items():
         name, _, leaf = key.rpartition(".")
@@ -45,8 +44,8 @@ def architecture_of_base(path: Path) -> Architecture:
         in_ = str(tensor.shape[1]) if len(tensor.shape) > 1 else ""
         rows[bare] = Row(bare, (bare,), (str(tensor.shape[0]),), in_, layer, tensor.shape[2:])
     if not rows:
-        raise UnknownError(f"{path}: no weights to take module names from")
-    table = Table(Path(path).stem, tuple(rows.values()))
+        raise UnknownError(f"{source.path}: no weights to take module names from")
+    table = Table(source.path.stem, tuple(rows.values()))
     prefixes = {
         "kohya": ("lora_unet_", "lora_te_"),
         "lycoris": ("lycoris_",),
@@ -56,8 +55,8 @@ def architecture_of_base(path: Path) -> Architecture:
         "omi": (),
     }
     component = Component("denoiser", table, prefixes)
-    name = _NAME.sub("-", Path(path).stem.lower()).strip("-") or "base"
-    return Architecture(name, f"the modules of {Path(path).name}", (component,))
+    name = _NAME.sub("-", source.path.stem.lower()).strip("-") or "base"
+    return Architecture(name, f"the modules of {source.path.name}", (component,))
 
 
 _HF_CLIP = (DIFF, "flat-clip")  # transformers before and since version 5

@@ -42,6 +42,8 @@ PREFIXES: tuple[tuple[str, str, str], ...] = (
 )
 
 
+LANGUAGE_MODEL = "llm"  # the architecture of every checkpoint in the layout "hf"
+
 Known = tuple[Architecture, str, float]  # (architecture, namespace, share of the denoiser's modules it knows)
 
 

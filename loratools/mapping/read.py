@@ -17,6 +17,7 @@ from loratools.errors import AmbiguousError, InputError, UnknownError, Unsupport
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.bases import architecture_of_base
+from loratools.mapping.checkpoints import LANGUAGE_MODEL, identify
 from loratools.mapping.detect import Assignment, Candidate, Detection, detect
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.dimensions import evaluate, fit_shape
@@ -53,12 +54,14 @@ def named_architecture(name: str) -> Architecture:
     )
 
 
-def analyse(source: TensorSource, *, arch: str | None = None, alpha: float | None = None, base: Path | None = None) -> Reading:
-    """Understand an opened file. base: a model whose module names serve where no table does."""
+def analyse(
+    source: TensorSource, *, arch: str | None = None, alpha: float | None = None, base: TensorSource | Path | None = None
+) -> Reading:
+    """Understand an opened file. base: a model that settles which of several architectures it is, and names modules no table does."""
     forced = named_architecture(arch) if arch else None
     detection = detect(source.tensors, source.metadata, arch=forced, container=source.container)
-    if base is not None and (detection.best is None or detection.best.matched == 0):
-        detection = detect(source.tensors, source.metadata, arch=architecture_of_base(base), container=source.container)
+    if base is not None and forced is None and (detection.ambiguous or _unnamed(detection)):
+        detection = _settled(source, detection, base if isinstance(base, TensorSource) else open_source(base))
     findings = list(source.warnings)
     best = detection.best
     if best is None:
@@ -69,6 +72,27 @@ def analyse(source: TensorSource, *, arch: str | None = None, alpha: float | Non
         findings.append(Finding("warning", "ambiguous", None, f"the keys fit {names} equally well: --arch settles it"))
     reader = _Reader(source, detection, best, alpha, findings)
     return Reading(source, detection, reader.adapter(), findings)
+
+
+def _unnamed(detection: Detection) -> bool:
+    return detection.best is None or detection.best.matched == 0
+
+
+def _settled(source: TensorSource, detection: Detection, base: TensorSource) -> Detection:
+    """The detection once the base has had its say: what it is among the candidates, else its own module names."""
+    guess = identify({name: tensor.shape for name, tensor in base.tensors.items()})
+    if guess.layout == "hf":  # whatever its layers are called: nothing but a language model is stored like this
+        fitting = [LANGUAGE_MODEL]
+    else:
+        possible = {candidate.architecture.name for candidate in detection.candidates}
+        fitting = [architecture.name for architecture, _, _ in guess.candidates if architecture.name in possible]
+    for name in fitting[:1]:
+        found = detect(source.tensors, source.metadata, arch=registry()[name], container=source.container)
+        if not _unnamed(found):
+            return found
+    if guess.layout != "hf" and not _unnamed(detection):
+        return detection
+    return detect(source.tensors, source.metadata, arch=architecture_of_base(base), container=source.container)
 
 
 def _unnamed_findings(source: TensorSource, detection: Detection) -> list[Finding]:
@@ -150,18 +174,13 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
     return reading.adapter
 
 
-def tables_of(reading: Reading, adapter: Adapter, base: Path | None = None) -> Architecture:
+def tables_of(reading: Reading) -> Architecture:
     """The tables an adapter was read with. Raises UnsupportedError for a family that is recognised but not handled yet."""
     best = reading.detection.best
-    if best is not None and best.architecture.name == adapter.architecture:
-        architecture = best.architecture
-    else:
-        architecture = architecture_of_base(base) if base else named_architecture(adapter.architecture)
-    if not architecture.supported:
-        raise UnsupportedError(
-            f"{reading.source.path.name}: a {architecture.title} adapter ({adapter.dialect}): recognised, but not supported yet"
-        )
-    return architecture
+    if best is None or not best.architecture.supported:
+        title = "these" if best is None else best.architecture.title
+        raise UnsupportedError(f"{reading.source.path.name}: {title} adapters are recognised, but not supported yet")
+    return best.architecture
 
 
 def _fix(errors: list[Finding]) -> str | None:

@@ -17,12 +17,10 @@ from loratools.adapters.algebra import in_parallel
 from loratools.adapters.factors import is_float, widest
 from loratools.adapters.sums import Combined
 from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError
-from loratools.mapping.architectures import Architecture
-from loratools.mapping.bases import architecture_of_base
 from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.fitting import fit_dtype, narrows
 from loratools.mapping.memory import ALPHA, unfolded
-from loratools.mapping.read import Reading, named_architecture
+from loratools.mapping.read import Reading, tables_of
 from loratools.mapping.write import Plan, plan
 from loratools.operations.combining.grouping import Input, check, groups
 from loratools.operations.combining.recompress import Fit, Recipe, Unit, declared, distance, shrunk, sparse_norm, value
@@ -30,9 +28,7 @@ from loratools.operations.combining.result import Job, merged_from, record, told
 from loratools.operations.combining.similarity import gram
 from loratools.operations.combining.sparsify import DENSITY, METHODS
 from loratools.operations.combining.units import Target, entry_of, one_kind, with_module
-from loratools.operations.convert import dialect_named as dialect_named
-from loratools.operations.convert import dtype_named as dtype_named
-from loratools.operations.convert import worst
+from loratools.operations.convert import dialect_named, dtype_named, worst
 from loratools.operations.inputs import read_together
 from loratools.operations.save import write_adapter
 from loratools.report import Report
@@ -88,7 +84,7 @@ def combine(
         elif out.suffix in (".ckpt", ".pt", ".bin"):
             fix = f"{out.with_suffix('.safetensors')}"
             problems.append(UsageError(f"{out}: only safetensors is written, never a pickle", fix=fix))
-        job = _prepared(given, readings, found, dialect, recipe, wanted, threads, base)
+        job = _prepared(given, readings, found, dialect, recipe, wanted, threads)
     except LoraToolsError as error:
         problems.append(error)
     if problems:
@@ -130,11 +126,10 @@ def _prepared(
     recipe: Recipe,
     dtype: str | None,
     threads: int | None,
-    base: Path | str | None,
 ) -> Job:
     """The job after all checks. Raises the worst of what is wrong, everything listed."""
     first = adapters[0]
-    architecture = _architecture(readings[0], first, base)
+    architecture = tables_of(readings[0])
     keeps = DIALECTS[dialect].alpha in ("tensor", "config")
     inputs = [
         Input(position, path, weight, _own_forms(unfolded(adapter) if keeps else adapter, first.dialect))
@@ -156,13 +151,6 @@ def _prepared(
     else:
         found = groups(inputs, target.fits if recipe.shrinks else lambda _: True)
     return Job(list(given), readings, inputs, target, made, target.units(found), dtype, residue, threads)
-
-
-def _architecture(reading: Reading, adapter: Adapter, base: Path | str | None) -> Architecture:
-    best = reading.detection.best
-    if best is not None and best.architecture.name == adapter.architecture:
-        return best.architecture
-    return architecture_of_base(Path(base)) if base else named_architecture(adapter.architecture)
 
 
 def _own_forms(adapter: Adapter, dialect: str) -> Adapter:

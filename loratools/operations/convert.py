@@ -73,7 +73,7 @@ def convert(
         opened = open_source(path)
         reading = analyse(opened, arch=arch, alpha=alpha, base=Path(base) if base else None)
         adapter = checked(reading, allow_unknown=unknown != "fail")
-        architecture = tables_of(reading, adapter, Path(base) if base else None)
+        architecture = tables_of(reading)
         untouched = wanted is None and kind is None and not keep_alpha and _is_identity(reading, adapter, target, unknown)
         weights = Base(Path(base), architecture) if base and allow_lossy else None
         made = None

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratools.adapters.adapter import Adapter
-from loratools.errors import InputError, UnsupportedError, UsageError
-from loratools.mapping.read import Reading, analyse, checked
-from loratools.tensors.reader import open_source
+from loratools.errors import InputError, UsageError
+from loratools.mapping.read import Reading, analyse, checked, tables_of
+from loratools.tensors.reader import TensorSource, open_source
 
 
 def read_together(
@@ -22,15 +22,16 @@ def read_together(
     Raises InputError that names every file's architecture where they differ, UsageError for an alpha that no file needs, and what
     reading raises.
     """
-    alphas = [alpha if alpha is not None and needs_alpha(path, arch, base) else None for path in paths]
+    opened = open_source(base) if base is not None else None
+    alphas = [alpha if alpha is not None and needs_alpha(path, arch, opened) else None for path in paths]
     if alpha is not None and not any(value is not None for value in alphas):
         which = {1: "this one records its own", 2: "both of these record their own"}.get(len(paths), "all of these record their own")
         raise UsageError(f"--alpha is for a file that records none; {which}")
-    readings = [analyse(open_source(path), arch=arch, alpha=value, base=base) for path, value in zip(paths, alphas, strict=True)]
+    readings = [analyse(open_source(path), arch=arch, alpha=value, base=opened) for path, value in zip(paths, alphas, strict=True)]
     settled = _settled(readings)
     for position, reading in enumerate(readings):
         if settled and reading.detection.ambiguous and settled in _names(reading):
-            readings[position] = analyse(reading.source, arch=settled, alpha=alphas[position], base=base)
+            readings[position] = analyse(reading.source, arch=settled, alpha=alphas[position], base=opened)
     adapters = [_usable(reading) for reading in readings]
     found = list(dict.fromkeys(adapter.architecture for adapter in adapters))
     if len(found) > 1:
@@ -40,7 +41,7 @@ def read_together(
     return readings, adapters
 
 
-def needs_alpha(path: Path, arch: str | None, base: Path | None) -> bool:
+def needs_alpha(path: Path, arch: str | None, base: TensorSource | None) -> bool:
     """Does the file leave some alpha unrecorded, or 0? --alpha speaks only for those."""
     adapter = analyse(open_source(path), arch=arch, base=base).adapter
     return adapter is not None and any(entry.module.rank and not entry.module.alpha for entry in adapter.entries)
@@ -65,7 +66,5 @@ def _usable(reading: Reading) -> Adapter:
         if error.fix and "--drop-unknown" in error.fix:  # what reading advises are options of convert
             error.fix = f"loratools convert {reading.source.path} OUT --to DIALECT --drop-unknown takes them out"
         raise
-    best = reading.detection.best
-    if best is not None and not best.architecture.supported:
-        raise UnsupportedError(f"{reading.source.path.name}: {best.architecture.title} is recognised but not handled yet")
+    tables_of(reading)
     return adapter

@@ -384,7 +384,14 @@ def test_a_layer_the_base_does_not_have(lora: Any, peft: Any, tmp_path: Path) ->
 
 
 def test_kohya_names_of_a_language_model(randn: Any, save: Any, tmp_path: Path) -> None:
-    """Flattened names have no dots to go by and no table: refused by name, never guessed."""
+    """Flattened names have no dots to go by and no table; the base's own names say where they lay. A name it has not is refused."""
     base, stem = language_models.llama_folder(tmp_path / "base"), "lora_te_model_layers_0_self_attn_q_proj"
-    adapter = save("flat.safetensors", written(stem, randn(32, 4), randn(4, 32)))
-    assert f"{stem}.lora_up.weight" in refused(base, [(adapter, 1.0)], tmp_path / "out")
+    up, down, name = randn(32, 4), randn(4, 32), "model.layers.0.self_attn.q_proj.weight"
+    merge(base, [(save("flat.safetensors", written(stem, up, down, 2.0)), 1.0)], tmp_path / "out")
+    before, after = whole(base), whole(tmp_path / "out")
+    change = up.double() @ down.double() * 2 / 4
+    assert_sum(name, after[name], before[name], change, up.double().abs() @ down.double().abs() / 2, "F32")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [name]
+    gone = "lora_te_model_layers_9_self_attn_q_proj"
+    elsewhere = save("gone.safetensors", written(gone, up, down))
+    assert f"{gone}.lora_up.weight" in refused(base, [(elsewhere, 1.0)], tmp_path / "out2")

@@ -86,9 +86,9 @@ def prepare(
     settled = False
     for position, (path, weight) in enumerate(adapters):
         try:
-            mine = alpha if alpha is not None and needs_alpha(path, arch, base) else None
+            mine = alpha if alpha is not None and needs_alpha(path, arch, source) else None
             settled = settled or mine is not None
-            given.append(_given(path, weight, position, base, guess, arch, mine))
+            given.append(_given(path, weight, position, source, guess, arch, mine))
             inputs += given[-1].files
         except LoraToolsError as error:
             problems.append(error)
@@ -127,18 +127,12 @@ def prepare(
     return plan
 
 
-def _given(path: Path, weight: float, position: int, base: Path, guess: CheckpointGuess, arch: str | None, alpha: float | None) -> Given:
+def _given(
+    path: Path, weight: float, position: int, base: TensorSource, guess: CheckpointGuess, arch: str | None, alpha: float | None
+) -> Given:
     """Read one adapter; where its keys leave the architecture open, the base settles it."""
     opened = open_source(path)
-    names = {architecture.name for architecture, _, _ in guess.candidates}
     reading = analyse(opened, arch=arch, alpha=alpha, base=base)
-    best = reading.detection.best
-    if arch is None and guess.layout == "hf" and best is not None and not _registered(best.architecture.name):
-        reading = analyse(opened, arch="llm", alpha=alpha)  # names of its own, but a language model with what that entails
-    if reading.detection.ambiguous:
-        possible = [candidate.architecture.name for candidate in reading.detection.candidates]
-        fitting = ["llm"] if guess.layout == "hf" else [name for name in possible if name in names]
-        reading = analyse(opened, arch=fitting[0], alpha=alpha) if fitting else reading
     only_unknown = all(finding.code == "unknown-key" for finding in reading.errors)
     try:
         adapter = checked(reading, allow_unknown=only_unknown)  # told with everything else that finds no weight
@@ -147,12 +141,13 @@ def _given(path: Path, weight: float, position: int, base: Path, guess: Checkpoi
     except InputError as error:
         error.fix = f"loratools inspect {path}"  # what reading advises are options of convert
         raise
-    architecture = tables_of(reading, adapter, base)
+    architecture = tables_of(reading)
+    names = {candidate.name for candidate, _, _ in guess.candidates}
     known = guess.layout == "hf" or bool(names)
     fits = architecture.name in names or (architecture.open_names and guess.layout == "hf") or not _registered(architecture.name)
     if known and not fits:
         found = " or ".join(sorted(names)) or "a language model"
-        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.name} is {found}")
+        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.path.name} is {found}")
     companions = reading.detection.stems.companions
     repeated = [key for key in adapter.residue if companions.get(key) in REPEATED]
     beside = {key: f"{key}: belongs to no module" for key in adapter.residue if key not in repeated}
