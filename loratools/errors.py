@@ -97,3 +97,12 @@ class CheckFailed(LoraToolsError):
 
     exit_code = 4
     code = "check-failed"
+
+
+def worst(problems: list[LoraToolsError]) -> LoraToolsError:
+    """One error for several: the code is the first of 3, 2, 1 and the details list them all."""
+    ranked = sorted(problems, key=lambda error: -error.exit_code)
+    first = ranked[0]
+    if len(ranked) > 1:
+        first.details = [*first.details, *(line for error in ranked[1:] for line in (error.message, *error.details))]
+    return first

@@ -13,7 +13,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from loratools.adapters.adapter import NotExact
-from loratools.tensors.lazy import DTYPES, BytesTensor, ComputedTensor, LazyTensor, same_bytes, torch_dtype
+from loratools.tensors.dtypes import DTYPES, torch_dtype
+from loratools.tensors.lazy import BytesTensor, ComputedTensor, LazyTensor, same_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from loratools.adapters import factors as fac
 from loratools.adapters.adapter import Module, NotExact
 from loratools.adapters.kinds import Dense, Dora, Loha, Lokr, Lora
 from loratools.adapters.kinds.common import Scaled
-from loratools.tensors.lazy import ComputedTensor, LazyTensor, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import ComputedTensor, LazyTensor
 
 if TYPE_CHECKING:
     import torch

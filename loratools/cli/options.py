@@ -5,7 +5,6 @@ Every option's parameter has the option's own long name: that is what makes LORA
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -16,30 +15,20 @@ import click
 from click.shell_completion import CompletionItem
 
 from loratools.cli.console import Output
+from loratools.errors import UsageError
+from loratools.tensors.dtypes import dtype_named
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is a bad input, not wrong usage
 COMMON = ("json", "quiet", "debug")
 
-# spelling people use → the dtype's name in a safetensors header
-DTYPES = {
-    "fp32": "F32", "float32": "F32", "f32": "F32", "float": "F32",
-    "fp16": "F16", "float16": "F16", "f16": "F16", "half": "F16",
-    "bf16": "BF16", "bfloat16": "BF16",
-    "fp64": "F64", "float64": "F64", "f64": "F64",
-}  # fmt: skip
-
-
 def dtype_name(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """A dtype in any usual spelling as its safetensors name. Raises click.BadParameter."""
-    if value is None:
-        return None
-    spelling = value.lower().removeprefix("torch.")
-    if spelling not in DTYPES:
-        near = difflib.get_close_matches(spelling, DTYPES, n=1)
-        raise click.BadParameter(f"{value!r} is no dtype; use {near[0] if near else 'fp32, fp16, bf16 or fp64'}.")
-    return DTYPES[spelling]
+    try:
+        return dtype_named(value)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
 
 
 def finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:

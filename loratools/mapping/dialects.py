@@ -6,8 +6,10 @@ the first spelling that applies to a component is written, all are read. Adding 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
+from loratools.errors import UsageError
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.rules import DIFF
 
@@ -285,3 +287,12 @@ DIALECTS: dict[str, Dialect] = {
         ),
     )
 }
+
+
+def dialect_named(name: str) -> Dialect:
+    """The dialect of that name. Raises UsageError with the nearest one."""
+    if name in DIALECTS:
+        return DIALECTS[name]
+    near = difflib.get_close_matches(name, DIALECTS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"unknown dialect {name!r}{hint}", details=[", ".join(DIALECTS)], fix="loratools formats lists them")

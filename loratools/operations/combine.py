@@ -16,8 +16,8 @@ from loratools.adapters.adapter import Adapter, Entry
 from loratools.adapters.algebra import in_parallel
 from loratools.adapters.factors import is_float, widest
 from loratools.adapters.sums import Combined
-from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError
-from loratools.mapping.dialects import DIALECTS
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, worst
+from loratools.mapping.dialects import DIALECTS, dialect_named
 from loratools.mapping.fitting import fit_dtype, narrows
 from loratools.mapping.memory import ALPHA, unfolded
 from loratools.mapping.read import Reading, tables_of
@@ -28,10 +28,10 @@ from loratools.operations.combining.result import Job, merged_from, record, told
 from loratools.operations.combining.similarity import gram
 from loratools.operations.combining.sparsify import DENSITY, METHODS
 from loratools.operations.combining.units import Target, entry_of, one_kind, with_module
-from loratools.operations.convert import dialect_named, dtype_named, worst
 from loratools.operations.inputs import read_together
 from loratools.operations.save import write_adapter
 from loratools.report import Report
+from loratools.tensors.dtypes import dtype_named
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor, same_bytes
 from loratools.tensors.metadata import lora_adapter_metadata

@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry
-from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, worst
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.bases import Base
-from loratools.mapping.dialects import DIALECTS
+from loratools.mapping.dialects import DIALECTS, dialect_named
 from loratools.mapping.read import Reading, analyse, checked, kin, tables_of
 from loratools.mapping.write import Plan, plan
 from loratools.operations.save import write_adapter
 from loratools.report import Report
+from loratools.tensors.dtypes import dtype_named
 from loratools.tensors.finite import first_not_finite
-from loratools.tensors.lazy import DTYPES, LazyTensor
+from loratools.tensors.lazy import LazyTensor
 from loratools.tensors.reader import open_source
 from loratools.tensors.source import TensorSource
 from loratools.tensors.writer import check_output, copy_file, kept_aside, output_folder
 
 ERROR_FLOOR = 1e-6  # a site whose ΔW moved by more than this is listed as approximated
-_DTYPES = {"fp32": "F32", "float32": "F32", "fp16": "F16", "float16": "F16", "bf16": "BF16", "bfloat16": "BF16"}
 
 
 def convert(
@@ -54,7 +54,7 @@ def convert(
     unknown: "fail" | "drop" | "keep" for keys no table knows.
     Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1).
     """
-    target = dialect_named(dialect)
+    target = dialect_named(dialect).name
     wanted = dtype_named(dtype)
     if kind not in (None, "lora"):
         raise UsageError(f"--kind {kind}: only lora can be asked for")
@@ -99,34 +99,6 @@ def convert(
         report.check_complete(opened.tensors)
         _write(reading, adapter, architecture, made, tensors, out, force)
     return _result(path, out, adapter, architecture, target, report, made, tensors, dry_run)
-
-
-def worst(problems: list[LoraToolsError]) -> LoraToolsError:
-    """One error for several: the code is the first of 3, 2, 1 and the details list them all."""
-    ranked = sorted(problems, key=lambda error: -error.exit_code)
-    first = ranked[0]
-    if len(ranked) > 1:
-        first.details = [*first.details, *(line for error in ranked[1:] for line in (error.message, *error.details))]
-    return first
-
-
-def dialect_named(name: str) -> str:
-    import difflib
-
-    if name in DIALECTS:
-        return name
-    near = difflib.get_close_matches(name, DIALECTS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"unknown dialect {name!r}{hint}", details=[", ".join(DIALECTS)], fix="loratools formats lists them")
-
-
-def dtype_named(name: str | None) -> str | None:
-    if name is None:
-        return None
-    found = _DTYPES.get(name.lower(), name.upper())
-    if found not in ("F32", "F16", "BF16", "F64") or found not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}", details=[", ".join(_DTYPES)])
-    return found
 
 
 def _default_output(path: Path, dialect: str) -> Path:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from loratools.adapters.adapter import Adapter, Module
 from loratools.report import Finding
+from loratools.tensors.dtypes import DTYPES
 from loratools.tensors.finite import first_not_finite
-from loratools.tensors.lazy import DTYPES, LazyTensor
+from loratools.tensors.lazy import LazyTensor
 
 # Roles that are multiplied with each other: one of them all zero, and the product is. A module does nothing when all its products are
 # zero (trainers start from that: LoRA with up, LoHa with w2_a, LoKr with w2_b, OFT with its blocks).

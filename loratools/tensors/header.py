@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 
 from loratools.errors import InputError, MalformedError
 from loratools.report import Finding
-from loratools.tensors.lazy import DTYPES, ByteFile
+from loratools.tensors.dtypes import DTYPES
+from loratools.tensors.lazy import ByteFile
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, start, end: what `render_header` writes of a tensor

@@ -18,37 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.errors import MalformedError
+from loratools.tensors.dtypes import DTYPES, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 23  # bytes read at a time when a tensor is copied
 
-# safetensors dtype name → (bits an element, torch's name for it or None where torch has no such dtype)
-DTYPES: dict[str, tuple[int, str | None]] = {
-    "BOOL": (8, "bool"),
-    "U8": (8, "uint8"),
-    "I8": (8, "int8"),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "F32": (32, "float32"),
-    "F64": (64, "float64"),
-    "C64": (64, "complex64"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F4": (4, None),
-    "F6_E2M3": (6, None),
-    "F6_E3M2": (6, None),
-}
 _STRUCT = {
     "U8": "B",
     "I8": "b",
@@ -63,25 +39,6 @@ _STRUCT = {
     "F64": "d",
     "BOOL": "?",
 }
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name. Raises MalformedError where torch has none (F4, F6)."""
-    import torch
-
-    attribute = DTYPES[name][1]
-    if attribute is None:
-        raise MalformedError(f"dtype {name} can be copied but not computed with")
-    return getattr(torch, attribute)  # type: ignore[no-any-return]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype."""
-    attribute = str(dtype).removeprefix("torch.")
-    for name, (_, torch_name) in DTYPES.items():
-        if torch_name == attribute:
-            return name
-    raise MalformedError(f"dtype {dtype} has no place in a safetensors file")
 
 
 class LazyTensor(ABC):

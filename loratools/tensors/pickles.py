@@ -20,8 +20,9 @@ from typing import Any
 
 from loratools.errors import MalformedError, UnsafeError, UnsupportedError
 from loratools.report import Finding
+from loratools.tensors.dtypes import DTYPES
 from loratools.tensors.header import open_bytes, printable
-from loratools.tensors.lazy import DTYPES, ByteFile, ComputedTensor, LazyTensor, StoredTensor, tensor_from_bytes
+from loratools.tensors.lazy import ByteFile, ComputedTensor, LazyTensor, StoredTensor, tensor_from_bytes
 from loratools.tensors.unpickle import Refused, StorageRef, Stream, TensorRef, run, scan
 
 MAX_PICKLE = 1 << 26  # bytes of instructions; the tensors' values are not among them

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import MalformedError
+from loratools.tensors.dtypes import dtype_name
 from loratools.tensors.header import printable
-from loratools.tensors.lazy import LazyTensor, dtype_name, tensor_bytes
+from loratools.tensors.lazy import LazyTensor, tensor_bytes
 from loratools.tensors.rounding import largest, rounded
 
 if TYPE_CHECKING:

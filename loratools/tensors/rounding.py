@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.errors import UnsupportedError
-from loratools.tensors.lazy import DTYPES, torch_dtype
+from loratools.tensors.dtypes import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loratools.errors import MalformedError, UnsafeError
+from loratools.tensors.dtypes import DTYPES
 from loratools.tensors.header import printable
-from loratools.tensors.lazy import DTYPES
 
 MAX_OPCODES = 10_000_000  # 200,000 tensors take about 6 million
 _MAX_NUMBER = 1 << 62

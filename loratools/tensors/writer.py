@@ -32,9 +32,10 @@ from loratools.tensors.atomic import (
     resolve_output,
     write_text_file,
 )
+from loratools.tensors.dtypes import DTYPES
 from loratools.tensors.hashes import LEGACY_HASH, MODEL_HASH, MODELSPEC_HASH, digest_range, legacy_of_file
 from loratools.tensors.header import Entry, open_bytes, parse_header, printable, render_header
-from loratools.tensors.lazy import CHUNK, DTYPES, LazyTensor
+from loratools.tensors.lazy import CHUNK, LazyTensor
 from loratools.tensors.payload import STAMPS, Payload, look_at, stamped
 
 __all__ = [

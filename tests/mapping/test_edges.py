@@ -17,7 +17,8 @@ from loratools.adapters.kinds import build
 from loratools.errors import MalformedError, UnsafeError
 from loratools.mapping.read import analyse, read
 from loratools.operations.convert import convert
-from loratools.tensors.lazy import BytesTensor, from_torch, scalar_tensor, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import BytesTensor, from_torch, scalar_tensor
 from loratools.tensors.pickles import scan_pickle
 from loratools.tensors.reader import open_source
 from loratools.tensors.writer import TensorSink

@@ -112,7 +112,7 @@ def test_values_that_are_no_numbers_are_named(randn: Make, save: Save, tmp_path:
         ({"method": "dare", "rank": 2, "density": 1.1}, "--density"),
         ({"method": "mean"}, "unknown method"),
         ({"to": "kohia"}, "did you mean 'kohya'"),
-        ({"dtype": "int4"}, "unknown dtype"),
+        ({"dtype": "int4"}, "no dtype of weights"),
         ({"alpha": 4.0}, "--alpha"),
     ],
 )

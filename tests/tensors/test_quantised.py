@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from loratools.errors import MalformedError
-from loratools.tensors.lazy import DTYPES, BytesTensor, LazyTensor, torch_dtype
+from loratools.tensors.dtypes import DTYPES, torch_dtype
+from loratools.tensors.lazy import BytesTensor, LazyTensor
 from loratools.tensors.quantised import (
     ScaledWeight,
     dequantised,

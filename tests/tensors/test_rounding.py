@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loratools.errors import UnsupportedError
-from loratools.tensors.lazy import torch_dtype
+from loratools.tensors.dtypes import torch_dtype
 from loratools.tensors.rounding import FORMATS, largest, overflows, rounded, spacing
 
 # dtype → (exponent bits, mantissa bits, bias, last finite code, code of an overflow), from the IEEE 754, OFP8 and FNUZ papers

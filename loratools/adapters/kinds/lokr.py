@@ -19,7 +19,8 @@ from loratools.adapters.adapter import NotExact
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Problem, Scaled, register
 from loratools.adapters.kinds.lora import Lora
-from loratools.tensors.lazy import ComputedTensor, LazyTensor, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import ComputedTensor, LazyTensor
 
 if TYPE_CHECKING:
     from typing import Self

@@ -16,7 +16,8 @@ from loratools.adapters import factors as fac
 from loratools.adapters.adapter import Module, NotExact, RowDelta, quotient
 from loratools.adapters.kinds import common
 from loratools.adapters.kinds.common import Problem, Scaled, register
-from loratools.tensors.lazy import ComputedTensor, LazyTensor, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import ComputedTensor, LazyTensor
 
 if TYPE_CHECKING:
     from typing import Self

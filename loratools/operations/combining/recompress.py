@@ -20,7 +20,8 @@ from loratools.adapters.kinds import Dense, Lora
 from loratools.adapters.sums import Combined, Term, bias_of, low_rank, plain_lora, with_bias
 from loratools.operations.combining.grouping import Group
 from loratools.operations.combining.sparsify import METHODS, Draw
-from loratools.tensors.lazy import LazyTensor, from_torch, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import LazyTensor, from_torch
 
 if TYPE_CHECKING:
     import torch

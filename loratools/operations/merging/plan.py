@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import AmbiguousError, InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError
+from loratools.errors import AmbiguousError, InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError, worst
 from loratools.mapping import peft_config
 from loratools.mapping.bases import Base
 from loratools.mapping.checkpoints import CheckpointGuess, identify
 from loratools.mapping.read import analyse, checked, tables_of
 from loratools.mapping.selection import Selection
 from loratools.mapping.stems import REPEATED
-from loratools.operations.convert import worst
 from loratools.operations.inputs import needs_alpha
 from loratools.operations.merging.lineage import file_digest
 from loratools.operations.merging.placing import Given, Placement, Region, place_all

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from loratools.tensors.lazy import ComputedTensor, LazyTensor, torch_dtype
+from loratools.tensors.dtypes import torch_dtype
+from loratools.tensors.lazy import ComputedTensor, LazyTensor
 from loratools.tensors.quantised import ScaledWeight, dequantised, joined_peaks, peak, quantised, row_step, scale_for, scale_rows
 from loratools.tensors.rounding import rounded
 
