@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.adapters.adapter import Adapter
-from loratools.errors import UnsupportedError, UsageError
-from loratools.mapping.architectures import Architecture
+from loratools.errors import UsageError
 from loratools.mapping.dialects import DIALECTS
-from loratools.mapping.selection import Selection, read_block_weights
-from loratools.mapping.write import Plan
+from loratools.mapping.selection import BlockWeights, Rules, Selection, read_block_weights
 from loratools.operations.merging import lineage
-from loratools.operations.merging.arithmetic import MergedTensor, Sums
-from loratools.operations.merging.plan import FLOATS, MergePlan, prepare, settings_of
-from loratools.operations.merging.residual import Residual, residual_of, residual_plan, residual_told
-from loratools.operations.merging.storage import Rounding, ScaledStorage, Storage
+from loratools.operations.merging.arithmetic import Sums
+from loratools.operations.merging.plan import MergePlan, prepare
+from loratools.operations.merging.residual import PlannedResidual, Residual, residual_of, residual_plan, residual_told
+from loratools.operations.merging.storage import Rounding
 from loratools.operations.merging.untying import edited_config, json_object
 from loratools.operations.merging.verify import Verification, verify_merge
+from loratools.operations.merging.work import Work, work_of
+from loratools.operations.meter import Meter
 from loratools.operations.save import write_adapter
 from loratools.tensors.checkpoint import write_checkpoint
-from loratools.tensors.lazy import LazyTensor
-from loratools.tensors.quantised import scaled_weights
+from loratools.tensors.dtypes import dtype_named
 from loratools.tensors.writer import write_text_file
 
 SHOWN = 5  # tensors named as the worst
@@ -79,7 +76,7 @@ def merge(
     progress: called with (bytes written, bytes in all).
     Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1), CheckFailed (4).
     """
-    started = time.monotonic()
+    meter = Meter()
     if not adapters:
         raise UsageError("no adapter to merge", fix="loratools merge BASE ADAPTER OUT")
     blocks = read_block_weights(Path(block_weights)) if block_weights is not None else None
@@ -89,47 +86,68 @@ def merge(
     plan = prepare(Path(base), given, Path(output), selection=selection, arch=arch, alpha=alpha, force=force, beside=beside)
     if residual is not None:
         _check_residual_name(plan, Path(residual))
-    work = _work(plan, dtype, Rounding(rounding == "stochastic", seed))
+    wanted = dtype_named(dtype)
+    work = work_of(plan, wanted, Rounding(rounding == "stochastic", seed))
     if dry_run:
-        told = _result(plan, work, Path(base), Path(output), given, started, None, None)
-        return {**told, "plan": {"tensors": told["tensors"], "bytes": _nbytes(plan, work)}}
-    options = {"component": component, "include": include, "exclude": exclude, "dtype": dtype, "arch": arch, "alpha": alpha,
-               "rounding": rounding if rounding != "nearest" else None, "seed": seed or None}  # fmt: skip
-    record = _record(plan, {name: value for name, value in options.items() if value}, block_weights, hash_base)
-    workers = threads or len(os.sched_getaffinity(0))
-    outcome, taken, planned = list[Verification](), list[Residual](), list[tuple[Adapter, Architecture, Plan] | None]()
-
-    def check(path: Path) -> None:
-        if verify:
-            made = {**work.replaced, **{key: tensor for key, (_, tensor) in work.added.items()}}
-            outcome.append(verify_merge(plan, path, made, workers))
-        if residual is not None:
-            taken.append(residual_of(plan, path, work.tensors, workers))
-            planned.append(residual_plan(plan, taken[0]))  # before the rename: a dialect may have no name for a site
-
+        told = _result(plan, work, Path(base), Path(output))
+        return {**told, **meter.read(), "plan": {"tensors": told["tensors"], "bytes": work.nbytes}}
+    options = {"component": component, "include": include, "exclude": exclude, "dtype": wanted, "arch": arch, "alpha": alpha,
+               "rounding": rounding if rounding != "nearest" else None, "seed": seed or None,
+               "block_weights": _told(blocks) if blocks else None}  # fmt: skip
+    record = _record(plan, {name: value for name, value in options.items() if value}, hash_base)
+    finish = _Finish(plan, work, verify, residual is not None, threads or len(os.sched_getaffinity(0)))
     write_checkpoint(
         plan.layout,
         Path(output),
         replaced=work.replaced,
         added=work.added,
         metadata=lambda old: lineage.merged_metadata(old, record),
-        texts=_texts(plan, dtype),
+        texts=_texts(plan, wanted),
         extra_files=_extra_files(plan),
         force=force,
-        threads=workers,
-        check=check,
-        progress=(lambda done: progress(done, _nbytes(plan, work))) if progress else None,
+        threads=finish.threads,
+        check=finish,
+        progress=(lambda done: progress(done, work.nbytes)) if progress else None,
     )
-    recovered = None
+    result = _result(plan, work, Path(base), Path(output))
+    if finish.verification is not None:
+        result["verify"] = finish.verification.as_json()
     if residual is not None:
-        if planned[0] is not None:
-            adapter, architecture, made = planned[0]
-            write_adapter(adapter, architecture, made, made.tensors, Path(residual), force=force)
-        recovered = residual_told(taken[0], Path(residual), work.tensors)
-    result = _result(plan, work, Path(base), Path(output), given, started, outcome[0] if outcome else None, recovered)
+        result["residual"] = finish.write_residual(Path(residual), force)
+        if result["residual"]["path"] is None:
+            result["warnings"].append("residual: rounding took nothing, so there is none and no file was written")
+    result |= meter.read()
     if report is not None:
         write_text_file(report, json.dumps({**result, "tensors_changed": _rows(work)}, indent=2) + "\n", force=force)
     return result
+
+
+@dataclass
+class _Finish:
+    """What is done with the output once it is complete and before it has its name: what fails here leaves none."""
+
+    plan: MergePlan
+    work: Work
+    verify: bool
+    residual: bool
+    threads: int
+    verification: Verification | None = None
+    loss: Residual = field(default_factory=Residual)
+    planned: PlannedResidual | None = None
+
+    def __call__(self, path: Path) -> None:
+        if self.verify:
+            self.verification = verify_merge(self.plan, path, self.work.made, self.threads)
+        if self.residual:
+            self.loss = residual_of(self.plan, path, self.work.tensors, self.threads)
+            self.planned = residual_plan(self.plan, self.loss)  # before the rename: a dialect may have no name for a site
+
+    def write_residual(self, path: Path, force: bool) -> dict[str, Any]:
+        """The residual's own file, where rounding took anything; what it gives back."""
+        if self.planned is not None:
+            adapter, architecture, made = self.planned
+            write_adapter(adapter, architecture, made, made.tensors, path, force=force)
+        return residual_told(self.loss, path, self.work.tensors)
 
 
 def _check_residual_name(plan: MergePlan, path: Path) -> None:
@@ -140,57 +158,18 @@ def _check_residual_name(plan: MergePlan, path: Path) -> None:
         raise UsageError(f"{path}: {dialect.name}, the dialect of the first adapter, is a folder, this is the name of a file", fix=fix)
 
 
-@dataclass
-class _Work:
-    """The tensors a merge makes. tensors: those the adapters change; replaced and added: as the writer takes them."""
-
-    tensors: dict[str, MergedTensor] = field(default_factory=dict)
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)
-    added: dict[str, tuple[Path, LazyTensor]] = field(default_factory=dict)
-    cast: list[str] = field(default_factory=list)  # of the unchanged ones, those whose dtype alone is another
+def _told(blocks: BlockWeights) -> dict[str, Any]:
+    """A file of block weights as its keys, defaults left out: what a record can hold without a path or a comment of its writer."""
+    tables = {name: _rules(rules) for name, rules in blocks.adapters.items()}
+    return {**_rules(blocks.rules), **({"adapters": tables} if tables else {})}
 
 
-def _work(plan: MergePlan, dtype: str | None, rounding: Rounding) -> _Work:
-    """Every tensor that will differ from the base's, described; nothing is computed yet."""
-    work, source = _Work(), plan.source.tensors
-    config = settings_of(plan.config)
-    scales = scaled_weights(source, config, plan.source.metadata)
-    if scales and dtype is not None:
-        raise UnsupportedError("--dtype: the weights are fp8 codes with scales, which would have to be taken out", details=list(scales)[:8])
-    for key, regions in plan.placement.regions.items():
-        base = plan.base_of(regions[0]) if regions else next(iter(plan.bases.values()))
-        stored = key if key in source else (base.embedding or key)
-        storage: Storage
-        if stored in scales:
-            storage = ScaledStorage(key, source[stored], scales[stored], source[scales[stored].scale], rounding)
-            work.replaced[scales[stored].scale] = storage.scale_tensor
-        else:
-            wanted = dtype if dtype is not None and source[stored].dtype in FLOATS else source[stored].dtype
-            storage = Storage(key, source[stored], wanted, plan.placement.grown.get(key, source[stored].shape), rounding)
-        tensor = MergedTensor(key, storage, regions, base)
-        work.tensors[key] = tensor
-        if key in source:
-            work.replaced[key] = tensor
-        else:
-            work.added[key] = (plan.layout.weights[plan.source.file_of[stored]], tensor)
-    for key, plain in source.items() if dtype is not None else ():
-        if key not in work.replaced and plain.dtype in FLOATS and plain.dtype != dtype:
-            base = next(iter(plan.bases.values()))
-            work.replaced[key] = MergedTensor(key, Storage(key, plain, str(dtype), plain.shape, rounding), [], base)
-            work.cast.append(key)
-    return work
+def _rules(rules: Rules) -> dict[str, Any]:
+    return {key: value for key, value in asdict(rules).items() if value != getattr(Rules(), key)}
 
 
-def _nbytes(plan: MergePlan, work: _Work) -> int:
-    """Bytes of everything that will be written: the base's, and what other dtypes and new tensors add to them."""
-    grown = sum(tensor.nbytes - plan.source.tensors[key].nbytes for key, tensor in work.replaced.items())
-    return plan.layout.nbytes + grown + sum(tensor.nbytes for _, tensor in work.added.values())
-
-
-def _record(plan: MergePlan, options: Mapping[str, Any], block_weights: Path | str | None, whole: bool) -> dict[str, Any]:
+def _record(plan: MergePlan, options: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     adapters = [{"name": lineage.text(one.name), "weight": one.weight, "sha256": one.digest} for one in plan.given]
-    if block_weights is not None:
-        options = {**options, "block_weights": Path(block_weights).read_text("utf-8")}
     return lineage.record_of(plan.source, adapters, options, whole=whole)
 
 
@@ -220,16 +199,7 @@ def _extra_files(plan: MergePlan) -> dict[Path, Path]:
     return {Path(name): folder / name for folder in folders for name in _VOCABULARY if (folder / name).is_file()}
 
 
-def _peak_memory() -> float | None:
-    """Largest resident memory of this process in MB (VmHWM; getrusage would count that of the parent it was forked from)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # no Linux
-        return None
-    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmHWM:")), None)
-
-
-def _rows(work: _Work) -> list[dict[str, Any]]:
+def _rows(work: Work) -> list[dict[str, Any]]:
     return [_row(name, tensor.tally.total) for name, tensor in work.tensors.items()]
 
 
@@ -237,22 +207,14 @@ def _row(name: str, sums: Sums) -> dict[str, Any]:
     return {"tensor": name, "delta_retained": sums.delta_retained, "relative_error": sums.relative_error}
 
 
-def _result(
-    plan: MergePlan,
-    work: _Work,
-    base: Path,
-    output: Path,
-    given: Sequence[tuple[Path, float]],
-    started: float,
-    verification: Verification | None,
-    recovered: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def _result(plan: MergePlan, work: Work, base: Path, output: Path) -> dict[str, Any]:
     sums = {name: tensor.tally.total for name, tensor in work.tensors.items()}
     total = sum(sums.values(), start=Sums())
-    count = len(plan.source.tensors) + len(work.added)
-    changed = len(work.tensors)
     worst = sorted((name for name in sums if sums[name].delta), key=lambda name: sums[name].delta_retained)
-    result: dict[str, Any] = {
+    count = len(plan.source.tensors) + len(work.added)
+    regions = [region for regions in plan.placement.regions.values() for region in regions]
+    nothing = any(tensor.tally.blocks for tensor in work.tensors.values()) and not total.delta
+    return {
         "base": str(base),
         "output": str(output),
         "adapters": [
@@ -260,27 +222,14 @@ def _result(
             for one in sorted(plan.given, key=lambda one: one.position)
         ],
         "tensors": count,
-        "changed": changed,
-        "unchanged": count - changed,
+        "changed": len(work.tensors),
+        "unchanged": count - len(work.tensors),
         "cast": len(work.cast),
         "unmatched": [],
-        "sites": len(
-            {(region.site, region.role) for regions in plan.placement.regions.values() for region in regions if region.role == "weight"}
-        ),
+        "sites": len({region.site for region in regions if region.role == "weight"}),
         "delta_retained": total.delta_retained if total.delta else None,
         "relative_error": total.relative_error if total.delta else None,
         "worst": [_row(name, sums[name]) for name in worst[:SHOWN]],
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.layout.left_out],
-        "warnings": plan.warnings,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_mb": _peak_memory(),
+        "warnings": [*plan.warnings, *(["the adapters change nothing: every delta, weights included, is 0"] if nothing else [])],
     }
-    if any(tensor.tally.blocks for tensor in work.tensors.values()) and not total.delta:
-        result["warnings"] = [*result["warnings"], "the adapters change nothing: every delta, weights included, is 0"]
-    if verification is not None:
-        result["verify"] = verification.as_json()
-    if recovered is not None:
-        result["residual"] = dict(recovered)
-        if recovered["path"] is None:
-            result["warnings"] = [*result["warnings"], "residual: rounding took nothing, so there is none and no file was written"]
-    return result

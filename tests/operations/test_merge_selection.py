@@ -5,12 +5,14 @@ SD1 in its original names, one site for each kind of block; q, k and v of Flux i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loratools.errors import LoraToolsError
@@ -142,6 +144,22 @@ def test_a_file_of_block_weights(case: Case) -> None:
     wanted |= {site: 0.0 for site in LAYERS if ".attn2." in site}
     wanted |= {site: -1.5 for site in LAYERS if site.startswith("mid_block")}  # later than *.attn2.*: the last glob that matches
     case.expect(wanted | {"text_model.encoder.layers.0.mlp.fc1": 0.25})
+
+
+def test_the_record_holds_the_weights_and_no_comment(case: Case) -> None:
+    """Enough to write the file again; what stands behind a # (a path, a name) stays at home."""
+    case.merge(
+        """
+        default = 0.5  # from /home/someone/weights
+        [adapters."style.safetensors"]
+        components = { text_encoder = 2.0 }
+        sites = { "mid_block.*" = -1.5 }
+        """
+    )
+    with safe_open(case.out, "pt") as opened:
+        (record,) = json.loads(opened.metadata()["loratools.merge"])
+    own = {"style.safetensors": {"components": {"text_encoder": 2.0}, "sites": {"mid_block.*": -1.5}}}
+    assert record["options"]["block_weights"] == {"default": 0.5, "adapters": own}
 
 
 @pytest.mark.parametrize(("blocks", "silent"), [(LIST_17, 2), (LIST_26, 0)], ids=["17", "26"])

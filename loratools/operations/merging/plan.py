@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,35 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import AmbiguousError, InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError, worst
-from loratools.mapping import peft_config
+from loratools.errors import InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError, worst
 from loratools.mapping.bases import Base
-from loratools.mapping.checkpoints import CheckpointGuess, identify
-from loratools.mapping.read import analyse, checked, tables_of
+from loratools.mapping.checkpoints import identify
 from loratools.mapping.selection import Selection
-from loratools.mapping.stems import REPEATED
-from loratools.operations.inputs import needs_alpha
-from loratools.operations.merging.lineage import file_digest
 from loratools.operations.merging.placing import Given, Placement, Region, place_all
+from loratools.operations.merging.reading import read_given
 from loratools.operations.merging.untying import Edits, json_object, language_edits, missing_tokens
 from loratools.tensors.layout import Layout, layout_of
 from loratools.tensors.lazy import LazyTensor
-from loratools.tensors.quantised import ScaledTensor, scaled_weights, unsupported
+from loratools.tensors.quantised import ScaledTensor, ScaledWeight, scaled_weights, unsupported
 from loratools.tensors.reader import open_source
 from loratools.tensors.source import TensorSource
 from loratools.tensors.writer import kept_aside, output_problems
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BIT = ("F8_E4M3", "F8_E5M2")
-_QUANTISED = re.compile(
-    r"(?i)bnb|[-_](?:4|8)-?bit|(?<![a-z])int[48]\b|gptq|awq|nf4|qlora|fp8|gguf|hqq|exl2|mxfp4|w[48]a\d+|[-_.]q[2-8]_[k0-9]"
-)
-_BASE_NAMES = ("base_model_name_or_path", "base_model", "ss_sd_model_name", "ss_base_model")
 
 
 @dataclass
 class MergePlan:
-    """What will be merged where. given: in the order of summation, which does not depend on the order of the arguments."""
+    """What will be merged where.
+
+    given: in the order of summation; config, settings: the base's config.json and what it says, None for a base without one;
+    scaled: weights that are stored as codes with a scale.
+    """
 
     source: TensorSource
     given: list[Given]
@@ -48,13 +42,19 @@ class MergePlan:
     selection: Selection
     placement: Placement
     layout: Layout
-    edits: Edits
     config: Path | None
+    settings: dict[str, Any] | None
+    scaled: dict[str, ScaledWeight]
+    edits: Edits = field(default_factory=Edits)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def any_base(self) -> Base:
+        return next(iter(self.bases.values()))
 
     def base_of(self, region: Region) -> Base:
         """The base as the first adapter of a region names it (all that meet at a region name it alike)."""
-        return next((self.bases[term.given.architecture.name] for term in region.terms), next(iter(self.bases.values())))
+        return next((self.bases[term.given.architecture.name] for term in region.terms), self.any_base)
 
 
 def prepare(
@@ -78,90 +78,48 @@ def prepare(
     try:
         source = open_source(base)
         layout = layout_of(source)
+        config = _config_of(source)
+        settings = None if config is None else json_object(config)
+        scaled = scaled_weights(source.tensors, settings, source.metadata)
     except LoraToolsError as error:
         raise worst([error, *problems, *output_problems(output, inputs, force=force)]) from error
     guess = identify({name: tensor.shape for name, tensor in source.tensors.items()})
-    given: list[Given] = []
-    settled = False
-    for position, (path, weight) in enumerate(adapters):
-        try:
-            mine = alpha if alpha is not None and needs_alpha(path, arch, source) else None
-            settled = settled or mine is not None
-            given.append(_given(path, weight, position, source, guess, arch, mine))
-            inputs += given[-1].files
-        except LoraToolsError as error:
-            problems.append(error)
-    problems += output_problems(output, [*inputs, *source.files], force=force, nbytes=layout.nbytes)
-    problems += _form_problems(output, layout)
-    if alpha is not None and len(given) == len(adapters) and not settled:
-        problems.append(UsageError("--alpha is for an adapter that records none; all of these record their own"))
+    given, wrong = read_given(adapters, source, guess, arch, alpha)
+    inputs += [*source.files, *(file for one in given for file in one.files)]
+    problems += [*wrong, *output_problems(output, inputs, force=force, nbytes=layout.nbytes), *_form_problems(output, layout)]
     if not given:
         raise worst(problems)
-    given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
-    config = _config_of(source)
-    try:
-        settings = settings_of(config)
-        values = _values(source, config)
-    except LoraToolsError as error:
-        raise worst([error, *problems]) from error
-    model_type = str(settings["model_type"]) if settings and settings.get("model_type") else None
-    bases = {one.architecture.name: Base(source, one.architecture, values, model_type) for one in given}
-    problems += _residual_inits(given)
-    beside_modules = [key for one in given for key in one.beside]
-    on_sites = tuple(glob for glob in selection.exclude if not any(fnmatchcase(key, glob) for key in beside_modules))
-    for name, opened in bases.items():
-        problems += replace(selection, exclude=on_sites).problems(_sites(given, name), opened.architecture)
-    placement = place_all(given, bases, selection)
-    _place_beside(given, selection, placement)
-    edits = _language(placement, bases, given, config)
-    problems += _quantised(source, placement, config) or _unmatched(placement, base, given)
-    problems += _collected(placement.problems + edits.problems, base)
+    bases = _bases(source, given, settings, scaled)
+    plan = MergePlan(source, given, bases, selection, place_all(given, bases, selection), layout, config, settings, scaled)
+    problems += _placing_problems(plan)
     if problems:
         raise worst(problems)
-    plan = MergePlan(source, given, bases, selection, placement, layout, edits, config)
-    plan.warnings = [*(warning for one in given for warning in one.warnings), *_notes(plan), *edits.notes]
-    kept = kept_aside(output, {*layout.weights.values(), *layout.indexes.values(), *layout.copies}) if layout.folder else None
-    if kept is not None:
-        plan.warnings.append(f"{output} holds files that the new folder does not have: the old one is kept as {kept.name}")
+    plan.warnings = _warnings(plan, output)
     return plan
 
 
-def _given(
-    path: Path, weight: float, position: int, base: TensorSource, guess: CheckpointGuess, arch: str | None, alpha: float | None
-) -> Given:
-    """Read one adapter; where its keys leave the architecture open, the base settles it."""
-    opened = open_source(path)
-    reading = analyse(opened, arch=arch, alpha=alpha, base=base)
-    only_unknown = all(finding.code == "unknown-key" for finding in reading.errors)
-    try:
-        adapter = checked(reading, allow_unknown=only_unknown)  # told with everything else that finds no weight
-    except AmbiguousError:
-        raise
-    except InputError as error:
-        error.fix = f"loratools inspect {path}"  # what reading advises are options of convert
-        raise
-    architecture = tables_of(reading)
-    names = {candidate.name for candidate, _, _ in guess.candidates}
-    known = guess.layout == "hf" or bool(names)
-    fits = architecture.name in names or (architecture.open_names and guess.layout == "hf") or not _registered(architecture.name)
-    if known and not fits:
-        found = " or ".join(sorted(names)) or "a language model"
-        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.path.name} is {found}")
-    companions = reading.detection.stems.companions
-    repeated = [key for key in adapter.residue if companions.get(key) in REPEATED]
-    beside = {key: f"{key}: belongs to no module" for key in adapter.residue if key not in repeated}
-    beside |= {str(found.site): found.message for found in reading.findings if found.code == "unknown-key"}
-    warnings = [f"{path.name}: {found.message}" for found in reading.findings if found.severity == "warning" and found.code != "companion"]
-    warnings += [f"{path.name}: {key}: {companions[key]}, not merged" for key in repeated]
-    warnings += _quantised_base(path, adapter.config or {}, adapter.metadata)
-    return Given(path, weight, adapter, architecture, file_digest(opened), position, tuple(warnings), tuple(opened.files), beside)
+def _bases(
+    source: TensorSource, given: Sequence[Given], settings: Mapping[str, Any] | None, scaled: Mapping[str, ScaledWeight]
+) -> dict[str, Base]:
+    """The base as each architecture of the adapters names it; what is stored with a scale is seen as its values."""
+    values: dict[str, LazyTensor] = {
+        key: ScaledTensor(source.tensors[key], one, source.tensors[one.scale]) for key, one in scaled.items()
+    }
+    model_type = str(settings["model_type"]) if settings and settings.get("model_type") else None
+    return {one.architecture.name: Base(source, one.architecture, values, model_type) for one in given}
 
 
-def _values(source: TensorSource, config: Path | None) -> dict[str, LazyTensor]:
-    """The weights that are stored as codes with a scale, as values: what kinds that multiply the weight have to see."""
-    settings = settings_of(config)
-    found = scaled_weights(source.tensors, settings, source.metadata)
-    return {key: ScaledTensor(source.tensors[key], scaled, source.tensors[scaled.scale]) for key, scaled in found.items()}
+def _placing_problems(plan: MergePlan) -> list[LoraToolsError]:
+    """What stands against the places that were found, and against what has to follow from them."""
+    problems: list[LoraToolsError] = []
+    beside_modules = [key for one in plan.given for key in one.beside]
+    on_sites = tuple(glob for glob in plan.selection.exclude if not any(fnmatchcase(key, glob) for key in beside_modules))
+    for name, opened in plan.bases.items():
+        problems += replace(plan.selection, exclude=on_sites).problems(_sites(plan.given, name), opened.architecture)
+    _place_beside(plan.given, plan.selection, plan.placement)
+    plan.edits = _language(plan)
+    problems += _quantised(plan) or _unmatched(plan)
+    return problems + _collected(plan.placement.problems + plan.edits.problems, plan.source.path)
 
 
 def _place_beside(given: Sequence[Given], selection: Selection, placement: Placement) -> None:
@@ -181,12 +139,6 @@ def _sites(given: Sequence[Given], architecture: str) -> dict[str, set[Site]]:
         if one.architecture.name == architecture:
             found.setdefault(one.name, set()).update(site for entry in one.adapter.entries for site in entry.sites)
     return found
-
-
-def _registered(name: str) -> bool:
-    from loratools.mapping.architectures import registry
-
-    return name in registry()
 
 
 def _form_problems(output: Path, layout: Layout) -> list[LoraToolsError]:
@@ -212,27 +164,6 @@ def _beside_problems(base: Path, output: Path, beside: Sequence[Path]) -> list[L
     return found
 
 
-def _residual_inits(given: Sequence[Given]) -> list[LoraToolsError]:
-    """PiSSA and its like fit the base they changed: on the original one they need their initial adapter taken away again."""
-    changed = [one for one in given if peft_config.residual_init(one.adapter.config or {})]
-    if sum(one.weight for one in changed) == 0.0:
-        return []
-    fix = "give its initial adapter with the opposite weight (TUNED INITIAL:-1), or convert it with PEFT to a plain LoRA"
-    return [
-        UnsupportedError(
-            f"{one.name}: {peft_config.residual_init(one.adapter.config or {})} changed the base it was trained on: "
-            "on the original base its delta is wrong",
-            fix=fix,
-        )
-        for one in changed
-    ]
-
-
-def settings_of(config: Path | None) -> dict[str, Any] | None:
-    """The object in a config.json (which may hold Infinity, so it is no strict JSON). Raises MalformedError naming the file."""
-    return None if config is None else json_object(config)
-
-
 def _config_of(source: TensorSource) -> Path | None:
     """The config.json of a model folder (not of a pipeline)."""
     folder = source.path if source.path.is_dir() else source.path.parent
@@ -240,35 +171,34 @@ def _config_of(source: TensorSource) -> Path | None:
     return path if (source.path.is_dir() or source.container == "shards") and path.is_file() else None
 
 
-def _language(placement: Placement, bases: Mapping[str, Base], given: Sequence[Given], config: Path | None) -> Edits:
+def _language(plan: MergePlan) -> Edits:
     """Tied heads and vocabularies, for the bases that are language models; elsewhere a weight may grow only in a file of its own."""
-    edits = Edits()
-    settings = settings_of(config)
-    for base in bases.values():
+    edits, grown = Edits(), plan.placement.grown
+    for base in plan.bases.values():
         if not base.architecture.open_names:
-            if placement.grown and base.source.path.is_dir():
+            if grown and base.source.path.is_dir():
                 edits.problems += [f"{key}: the adapter widens it to {list(shape)}, which the folder's configuration does not allow"
-                                   for key, shape in placement.grown.items()]  # fmt: skip
+                                   for key, shape in grown.items()]  # fmt: skip
             continue
-        edits = language_edits(placement, base, settings)
+        edits = language_edits(plan.placement, base, plan.settings)
         if base.embedding is not None:
-            rows = placement.grown.get(base.embedding, base.tensors[base.embedding].shape)[0]
-            for one in given:
+            rows = grown.get(base.embedding, base.tensors[base.embedding].shape)[0]
+            for one in plan.given:
                 lacking = missing_tokens(one.path, rows) if one.path.is_dir() else 0
                 if lacking:
                     edits.problems.append(f"{one.name}: its tokenizer has {lacking} tokens for which neither base nor adapter has a row")
     return edits
 
 
-def _unmatched(placement: Placement, base: Path, given: Sequence[Given]) -> list[LoraToolsError]:
-    if not placement.unmatched:
+def _unmatched(plan: MergePlan) -> list[LoraToolsError]:
+    found = plan.placement.unmatched
+    if not found:
         return []
-    count = len(placement.unmatched)
-    told = f"{count} tensor{'s' * (count > 1)} of the adapters find no weight in {base.name}"
-    parts = sorted({component for one in given for component in one.adapter.components})
+    told = f"{len(found)} tensor{'s' * (len(found) > 1)} of the adapters find no weight in {plan.source.path.name}"
+    parts = sorted({component for one in plan.given for component in one.adapter.components})
     alone = f"--component {parts[0]} merges that part alone; " if len(parts) > 1 else ""
     fix = f"{alone}--exclude GLOB leaves sites, or tensors of no module, out by name"
-    return [InputError(told, details=placement.unmatched, fix=fix)]
+    return [InputError(told, details=found, fix=fix)]
 
 
 def _collected(messages: Sequence[str], base: Path) -> list[LoraToolsError]:
@@ -277,10 +207,10 @@ def _collected(messages: Sequence[str], base: Path) -> list[LoraToolsError]:
     return [InputError(f"{len(messages)} module{'s' * (len(messages) > 1)} cannot be merged into {base.name}", details=list(messages))]
 
 
-def _quantised(source: TensorSource, placement: Placement, config: Path | None) -> list[LoraToolsError]:
+def _quantised(plan: MergePlan) -> list[LoraToolsError]:
     """Weights that are codes nothing here can read: named with their kind."""
-    settings = settings_of(config)
-    known = unsupported(source.tensors, settings, source.metadata)
+    source, placement = plan.source, plan.placement
+    known = unsupported(source.tensors, plan.settings, source.metadata)
     found = []
     for stored in [*(regions[0].place.key if regions else key for key, regions in placement.regions.items()), *placement.misfits]:
         kind = known.get(stored) or known.get(stored.rpartition(".")[0])
@@ -296,18 +226,10 @@ def _quantised(source: TensorSource, placement: Placement, config: Path | None) 
     return [UnsupportedError(told, details=found, fix="merge into the 16-bit model, then quantise it again")]
 
 
-def _quantised_base(path: Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> list[str]:
-    """A warning where the adapter was trained on a quantised base: the base it is merged into is not the one it has seen."""
-    names = [str(source[key]) for source in (config, metadata) for key in _BASE_NAMES if source.get(key)]
-    named = next((name for name in names if _QUANTISED.search(name)), None)
-    if named is None and metadata.get("ss_fp8_base") != "True":
-        return []
-    told = Path(named).name if named else "a base in fp8"
-    return [f"{path.name}: trained on {told}, a quantised base: merged into another it differs by what the quantisation took"]
-
-
-def _notes(plan: MergePlan) -> list[str]:
-    notes = [f"{path}: left out, {reason}" for path, reason in plan.layout.left_out]
+def _warnings(plan: MergePlan, output: Path) -> list[str]:
+    """What is no problem, yet should be known: told by the adapters, by the layout, by the selection."""
+    notes = [warning for one in plan.given for warning in one.warnings]
+    notes += [f"{path}: left out, {reason}" for path, reason in plan.layout.left_out]
     notes += plan.placement.left_out
     copies = sum(name.startswith("model_ema.") for name in plan.source.tensors)
     if copies:
@@ -321,4 +243,9 @@ def _notes(plan: MergePlan) -> list[str]:
     ):
         if count:
             notes.append(f"{count} module{'s are' if count > 1 else ' is'} {why}")
+    notes += plan.edits.notes
+    layout = plan.layout
+    kept = kept_aside(output, {*layout.weights.values(), *layout.indexes.values(), *layout.copies}) if layout.folder else None
+    if kept is not None:
+        notes.append(f"{output} holds files that the new folder does not have: the old one is kept as {kept.name}")
     return notes

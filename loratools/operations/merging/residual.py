@@ -138,7 +138,10 @@ def _sides(region: Region) -> tuple[torch.Tensor, torch.Tensor] | None:
     return torch.cat(ups, 1), torch.cat(downs, 1)
 
 
-def residual_plan(plan: MergePlan, residual: Residual) -> tuple[Adapter, Architecture, Plan] | None:
+PlannedResidual = tuple[Adapter, Architecture, Plan]
+
+
+def residual_plan(plan: MergePlan, residual: Residual) -> PlannedResidual | None:
     """The LoRA as it will be written, in the dialect of the adapter named first; None where rounding took nothing.
 
     Raises UnsupportedError where that dialect has no name for a site.
