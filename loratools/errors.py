@@ -99,6 +99,11 @@ class CheckFailed(LoraToolsError):
     code = "check-failed"
 
 
+def counted(count: int, what: str, plural: str | None = None) -> str:
+    """A number of things in words: 1 site, 2 sites, 0 entries (`plural` where an s does not do)."""
+    return f"{count} {what if count == 1 else plural or what + 's'}"
+
+
 def worst(problems: list[LoraToolsError]) -> LoraToolsError:
     """One error for several: the code is the first of 3, 2, 1 and the details list them all."""
     ranked = sorted(problems, key=lambda error: -error.exit_code)

@@ -10,9 +10,11 @@ norm (Eckart and Young, 1936). Everything is float64, pure, and free of absolute
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 DIRECT = 512  # the smaller side of a dense matrix up to which LAPACK's own SVD is fast enough
+_TIE = 1e-12  # shares of Σσ² and ratios this close are equal but for their rounding
 
 
 def joined(parts: Sequence[tuple[float, Pair]]) -> Pair:
@@ -94,17 +97,53 @@ def noise_floor(sigma: torch.Tensor, size: int) -> float:
     return float(sigma.max()) * 2.0**-52 * size if sigma.numel() else 0.0
 
 
-def rank_for(sigma: torch.Tensor, size: int, *, rank: int | None = None, energy: float | None = None) -> int:
-    """How many of `sigma` (largest first) to keep: at most `rank`, or the fewest whose Σσ² is the share `energy` of all; at least 1.
+@dataclass(frozen=True)
+class Criterion:
+    """How many singular values to keep; with nothing set, all of them.
 
-    size: the longer side of the matrix, for what counts as rounding.
+    energy: share E of Σσ² to keep, Σ_{i≤k}σ² >= E Σσ²; error: relative Frobenius error e to stay within, √(Σ_{i>k}σ² / Σσ²) <= e.
+    The fewest k are kept that meet both. ratio: none with σ₁/σᵢ above R; rank: none beyond the first N. These two cap the others.
     """
-    found = max(int((sigma > noise_floor(sigma, size)).sum()), 1)
-    if energy is not None:
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    ratio: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Is anything to be left out?"""
+        return self != Criterion()
+
+    @property
+    def adaptive(self) -> bool:
+        """Does the spectrum settle the rank, or a number alone?"""
+        return (self.energy, self.error, self.ratio) != (None, None, None)
+
+    def keeps(self, sigma: torch.Tensor, size: int, tail: float = 0.0) -> int:
+        """How many of `sigma` (k), largest first, to keep; at least 1, and none that is rounding.
+
+        size: the longer side of the matrix, for what counts as rounding; tail: Σσ² of the values that were not computed. It counts
+        in every total, and is lost whatever is kept.
+        """
+        found = max(int((sigma > noise_floor(sigma, size)).sum()), 1)
         squares = sigma[:found].square()
-        tails = squares.flip(0).cumsum(0).flip(0)  # tails[k]: what is lost by keeping k
-        found = max(int((tails > (1.0 - energy + 1e-12) * tails[0]).sum()), 1)  # shares that are equal but for their rounding
-    return found if rank is None else min(found, rank)
+        lost = squares.flip(0).cumsum(0).flip(0) + tail  # lost[k]: Σσ² that goes by keeping k
+        counts = [found]
+        if self.energy is not None or self.error is not None:
+            counts.append(int((lost > self._allowed_loss * (float(squares.sum()) + tail)).sum()))
+        if self.ratio is not None:
+            counts.append(int((sigma * (self.ratio * (1.0 + _TIE)) >= sigma[:1]).sum()))
+        if self.rank is not None:
+            counts.append(self.rank)
+        return max(min(counts), 1)
+
+    @property
+    def _allowed_loss(self) -> float:
+        """The share of Σσ² that may go: the smaller of 1 - E and e², ties (equal but for their rounding) counted as met."""
+        by_energy = math.inf if self.energy is None else 1.0 - self.energy + _TIE
+        by_error = math.inf if self.error is None else self.error**2 * (1.0 + _TIE)
+        return min(by_energy, by_error)
 
 
 def truncate(svd: Svd, rank: int) -> Svd:

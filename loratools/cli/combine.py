@@ -10,6 +10,7 @@ import click
 from loratools.cli import options
 from loratools.cli.console import Output, clean, number, size
 from loratools.cli.options import PATH, WEIGHTED, command, registry_names
+from loratools.errors import counted
 
 FIGHT, ALIKE = -0.1, 0.9  # cosines beyond which two inputs are worth a word
 FLOOR = 1e-6  # a relative error below is rounding to float32
@@ -47,19 +48,14 @@ loratools combine a.safetensors b.safetensors out.safetensors --energy 0.99 --to
 def combine(output: Output, adapters: tuple[tuple[Path, float], ...], output_path: Path, dry_run: bool, **settings: Any) -> int:
     """Write the weighted sum of adapters as one adapter.
 
-    Adapters of one architecture, in any mix of dialects, ranks and kinds. PATH:0.8 gives an adapter a weight; any real number, 1
-    without it, 0 leaves it out.
+    Adapters of one architecture, in any mix of dialects, ranks and kinds. PATH:0.8 gives an adapter a weight, 1 without it;
+    a negative one takes it away, 0 leaves it out.
     """
     from loratools.operations.combine import combine as operation
 
-    with output.working(f"combining {len(adapters)} adapters"):
+    with output.working(f"combining {counted(len(adapters), 'adapter')}"):
         result = operation(adapters, output_path, dry_run=dry_run, **settings)
-    for warning in result.get("warnings", []):
-        output.warn(warning)
-    if output.json:
-        output.emit(result)
-    elif not output.quiet:
-        show(output, result)
+    output.result(result, lambda: show(output, result))
     return 0
 
 
@@ -72,9 +68,9 @@ def show(output: Output, result: dict[str, Any]) -> None:
         for text in hints(names, similar):
             output.say(text)
     ranks = ", ".join(f"{rank} ({count})" for rank, count in result.get("ranks_after", {}).items())
-    output.say(f"{result.get('sites')} sites of {result.get('architecture')} as {result.get('dialect')}, ranks {ranks or '-'}")
+    output.say(f"{counted(result['sites'], 'site')} of {result.get('architecture')} as {result.get('dialect')}, ranks {ranks or '-'}")
     if plan is not None:
-        output.say(f"plan: {plan.get('tensors')} tensors, {size(plan.get('bytes', 0))}")
+        output.say(f"plan: {counted(plan['tensors'], 'tensor')}, {size(plan.get('bytes', 0))}")
         output.say(f"would write {result.get('output')}")
         return
     error = result.get("relative_error") or 0.0

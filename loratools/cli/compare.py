@@ -10,6 +10,7 @@ import click
 from loratools.cli import options
 from loratools.cli.console import Output, number
 from loratools.cli.options import PATH, command
+from loratools.errors import counted
 
 SHOWN = 10
 
@@ -46,12 +47,7 @@ def compare(output: Output, a: Path, b: Path, tolerance: float, modules: bool, *
 
     with output.working(f"comparing {a} and {b}"):
         result = operation(a, b, tolerance=tolerance, modules=modules, **settings)
-    for warning in result.get("warnings", []):
-        output.warn(warning)
-    if output.json:
-        output.emit(result)
-    elif not output.quiet:
-        show(output, result, a, b, tolerance)
+    output.result(result, lambda: show(output, result, a, b, tolerance))
     return 0 if result["equal"] else 4
 
 
@@ -62,7 +58,8 @@ def show(output: Output, result: dict[str, Any], a: Path, b: Path, tolerance: fl
     console = output.console()
     verdict = Text("equal", style="bold green") if result["equal"] else Text("different", style="bold red")
     console.print(verdict + Text(f": largest relative error {number(result.get('max_relative_error'))} (tolerance {number(tolerance)})"))
-    output.say(f"{result.get('sites')} sites, cosine {_digits(result.get('cosine'))}, scale ratio {_digits(result.get('scale_ratio'))}")
+    likeness = f"cosine {_digits(result.get('cosine'))}, scale ratio {_digits(result.get('scale_ratio'))}"
+    output.say(f"{counted(result['sites'], 'site')}, {likeness}")
     for key, path in (("only_in_a", a), ("only_in_b", b)):
         sites = result.get(key, [])
         if sites:

@@ -57,6 +57,15 @@ class Output:
         """The JSON object: indented on a terminal, one line elsewhere; pure ASCII, so that any locale can carry it."""
         click.echo(json.dumps(jsonable(result), indent=2 if sys.stdout.isatty() else None))
 
+    def result(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """What a command found: its warnings, then the JSON object or, for people, what `show` draws."""
+        for warning in result.get("warnings", ()):
+            self.warn(warning)
+        if self.json:
+            self.emit(result)
+        elif not self.quiet:
+            show()
+
     def value(self, text: object) -> None:
         """One value that was asked for by name: printed with `--quiet` too; its line breaks stay."""
         click.echo(clean(text, keep="\n\t"))

@@ -10,7 +10,7 @@ import click
 from loratools.cli import options
 from loratools.cli.console import Output, number, size
 from loratools.cli.options import PATH, command, registry_names
-from loratools.errors import UsageError
+from loratools.errors import UsageError, counted
 
 SHOWN = 10  # rows of a list for people; --json has all of them
 
@@ -55,12 +55,7 @@ def convert(
     unknown = "drop" if drop_unknown else "keep" if keep_unknown else "fail"
     with output.working(f"converting {source}"):
         result = operation(source, output_path, to, unknown=unknown, dry_run=dry_run, **settings)
-    for warning in result.get("warnings", []):
-        output.warn(warning)
-    if output.json:
-        output.emit(result)
-    elif not output.quiet:
-        show(output, result)
+    output.result(result, lambda: show(output, result))
     return 0
 
 
@@ -73,13 +68,14 @@ def show(output: Output, result: dict[str, Any]) -> None:
     exact = not result.get("approximated")
     quality = "exact" if exact else f"not exact, largest relative error {number(result.get('max_relative_error'))}"
     quality += " but for what was dropped" if exact and result.get("dropped") else ""
-    output.say(f"{result.get('sites')} sites, {result.get('tensors_in')} tensors read, {result.get('tensors_out')} written; {quality}")
+    tensors = f"{counted(result['tensors_in'], 'tensor')} read, {result['tensors_out']} written"
+    output.say(f"{counted(result['sites'], 'site')}, {tensors}; {quality}")
     approximated = sorted(result.get("approximated", []), key=lambda row: -row["relative_error"])
     _rows(output, "approximated", [f"{row['site']}  relative error {number(row['relative_error'])}" for row in approximated])
     _rows(output, "dropped", [f"{row['key']}  ({row['reason']})" for row in result.get("dropped", [])])
     _rows(output, "kept as they are", result.get("kept", []))
     if plan is not None:
-        output.say(f"plan: {plan.get('tensors')} tensors, {size(plan.get('bytes', 0))}")
+        output.say(f"plan: {counted(plan['tensors'], 'tensor')}, {size(plan.get('bytes', 0))}")
     output.say(f"{verb} {result.get('output')}")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from loratools.cli.console import Output, size
@@ -23,9 +26,12 @@ def env(output: Output, devices: bool) -> int:
     from loratools.operations.env import environment
 
     found = environment(devices=devices)
-    if output.json:
-        output.emit(found)
-        return 0
+    output.result(found, lambda: show(output, found, devices=devices))
+    return 0
+
+
+def show(output: Output, found: Mapping[str, Any], *, devices: bool) -> None:
+    """A line a fact; the packages that are not installed too."""
     lines = [("loratools", found["loratools"]), ("python", found["python"]), ("platform", found["platform"])]
     lines += [("processors", str(found["cpus"])), ("memory", size(found["memory_bytes"]) if found["memory_bytes"] else "unknown")]
     lines += [(name, version or "not installed") for name, version in found["packages"].items()]
@@ -36,4 +42,3 @@ def env(output: Output, devices: bool) -> int:
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         output.say(f"{label:<{width}}  {text}")
-    return 0

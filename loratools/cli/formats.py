@@ -68,15 +68,17 @@ def formats(output: Output) -> int:
     from loratools.operations.formats import formats as operation
 
     registries = operation()
-    if output.json:
-        output.emit(registries)
-    elif not output.quiet:
-        console = output.console()
-        for sheet in tables(registries, page=False):
-            console.print(sheet_table(sheet))
-        for sign, meaning in LEGEND.items():
-            console.print(f" {sign}  {meaning}", style="dim", highlight=False)
+    output.result(registries, lambda: show(output, registries))
     return 0
+
+
+def show(output: Output, registries: Mapping[str, Any]) -> None:
+    """The tables, and what the signs in them mean."""
+    console = output.console()
+    for sheet in tables(registries, page=False):
+        console.print(sheet_table(sheet))
+    for sign, meaning in LEGEND.items():
+        console.print(f" {sign}  {meaning}", style="dim", highlight=False)
 
 
 def tables(registries: Mapping[str, Any], *, page: bool) -> list[Sheet]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from loratools.cli.console import clean, file_size, number, size
 from loratools.cli.facts import BASE, fact, training_facts
 from loratools.cli.spectrum_view import energy_chart, module_table, print_wide
+from loratools.errors import counted
 
 _SEVERITY = {"error": "bold red", "warning": "yellow"}
 _SHOWN = 12
@@ -69,15 +70,11 @@ def _line(result: Mapping[str, Any]) -> list[Text]:
         return [name, Text("cannot be read", "bold red"), *([Text("-")] * 3), Text("1 error", "bold red")]
     adapter = result.get("adapter") or {}
     severities = [problem["severity"] for problem in result.get("problems") or []]
-    counts = [_plural(severities.count(level), level) for level in _SEVERITY if level in severities]
+    counts = [counted(severities.count(level), level) for level in _SEVERITY if level in severities]
     style = next((style for level, style in _SEVERITY.items() if level in severities), "")
     what = result.get("dialect") or result.get("kind")
     values = (what, _architecture(result), _spread(adapter.get("ranks")), _spread(adapter.get("alphas")))
     return [name, *(Text(clean(value or "-")) for value in values), Text(", ".join(counts) or "-", style)]
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def _title(result: Mapping[str, Any]) -> Text:

@@ -13,6 +13,8 @@ import click
 from loratools.cli.run import run
 from loratools.version import VERSION
 
+ABOUT = "Inspect, convert, compare, combine and merge LoRA adapters of any dialect."  # the first words of README and docs too
+
 
 class Entry(NamedTuple):
     """Where a command is, and its line in `loratools --help` (the first sentence of its own help)."""
@@ -88,6 +90,11 @@ class Commands(click.Group):
 
 @click.group(
     cls=Commands,
+    help=f"""{ABOUT}
+
+    A path is a .safetensors file, a .pt/.bin/.ckpt file, a folder with adapter_config.json, a folder of shards with their
+    index, or a diffusers folder. Start with `loratools inspect FILE`.
+    """,
     epilog=EPILOG,
     no_args_is_help=False,
     invoke_without_command=True,
@@ -96,10 +103,6 @@ class Commands(click.Group):
 @click.version_option(VERSION, "--version", message="loratools %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Inspect, convert and compare LoRA adapters, whatever dialect they are written in.
-
-    A path is a .safetensors file, a .pt/.bin/.ckpt file, a folder with adapter_config.json, a folder of shards with their
-    index, or a diffusers folder. Start with `loratools inspect FILE`.
-    """
+    """The program without a command explains itself."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -10,6 +10,7 @@ import click
 from loratools.cli import options
 from loratools.cli.console import Output, number, size
 from loratools.cli.options import PATH, WEIGHTED, command
+from loratools.errors import counted
 
 EXAMPLES = """
 loratools merge sd_xl_base_1.0.safetensors style.safetensors:0.8 merged.safetensors
@@ -57,16 +58,11 @@ def merge(output: Output, base: Path, adapters: tuple[tuple[Path, float], ...], 
 
     with output.progress(f"merging into {out}") as progress:
         result = operation(base, adapters, out, dry_run=dry_run, progress=None if dry_run else progress, **settings)
-    for warning in result["warnings"]:
-        output.warn(warning)
-    if output.json:
-        output.emit(result)
-    elif not output.quiet:
-        show(output, result)
+    output.result(result, lambda: show(output, result, settings["rounding"]))
     return 0
 
 
-def show(output: Output, result: dict[str, Any]) -> None:
+def show(output: Output, result: dict[str, Any], rounding: str) -> None:
     """What went into which tensors, what rounding took of it, and what was checked."""
     for one in result["adapters"]:
         output.say(f"{one['path']}  weight {number(one['weight'])} · {one['dialect']} · {one['architecture']}")
@@ -74,7 +70,7 @@ def show(output: Output, result: dict[str, Any]) -> None:
     parts += [f"{result['cast']} cast"] if result["cast"] else []
     output.say(", ".join([*parts, f"{result['unchanged'] - result['cast']} copied"]))
     if result["delta_retained"] is not None:
-        _rounding(output, result)
+        _rounding(output, result, rounding)
     if "residual" in result and result["residual"]["path"] is not None:
         _residual(output, result["residual"])
     if "verify" in result:
@@ -88,14 +84,37 @@ def show(output: Output, result: dict[str, Any]) -> None:
     output.say(f"wrote {result['output']} in {number(result['seconds'])} s{memory}")
 
 
-def _rounding(output: Output, result: dict[str, Any]) -> None:
-    told = f"delta retained {result['delta_retained']:.6g}, relative error of the delta {number(result['relative_error'])}"
-    output.say(told)
+def _rounding(output: Output, result: dict[str, Any], rounding: str) -> None:
+    output.say(f"delta retained {result['delta_retained']:.6g}, relative error of the delta {number(result['relative_error'])}")
     worst = [row for row in result["worst"] if abs(row["delta_retained"] - 1) > 0.01]
     for row in worst:
         output.say(f"  {row['tensor']}  retained {row['delta_retained']:.4g}")
-    if worst and "residual" not in result:
-        output.note("rounding took more than 1 % of some deltas: --rounding stochastic, --residual FILE or a wider --dtype keep them")
+    remedies = _remedies(result, [row["tensor"] for row in worst], rounding)
+    if remedies:
+        output.note(f"rounding changed some deltas by more than 1 %: {_either(remedies)} would keep them")
+
+
+def _remedies(result: dict[str, Any], tensors: list[str], rounding: str) -> list[str]:
+    """The options that would have kept the deltas of these tensors: none that was given, none that cannot."""
+    from loratools.operations.inspect import inspect
+    from loratools.tensors.reader import open_source
+
+    if not tensors:
+        return []
+    written = open_source(Path(result["output"])).tensors
+    pages = [inspect(one["path"])["adapter"] or {} for one in result["adapters"]]
+    kinds = {kind for page in pages for kind in page.get("kinds", ())}
+    remedies = {
+        "--rounding stochastic": rounding != "stochastic",
+        "--residual FILE": "residual" not in result and "lora" in kinds,  # a residual is made of their factors
+        "--dtype fp32": all(written[name].dtype in ("F16", "BF16") for name in tensors),  # fp8 stays what it is
+    }
+    return [option for option, helps in remedies.items() if helps]
+
+
+def _either(options: list[str]) -> str:
+    """a; a or b; a, b or c."""
+    return " or ".join([", ".join(options[:-1]), options[-1]] if len(options) > 1 else options)
 
 
 def _residual(output: Output, rest: dict[str, Any]) -> None:
@@ -103,8 +122,3 @@ def _residual(output: Output, rest: dict[str, Any]) -> None:
         f"residual {rest['path']}: {counted(rest['sites'], 'site')}, rank up to {rest['max_rank']}; gives back "
         f"{rest['loss_recovered']:.1%} of the loss, delta retained {rest['delta_retained']:.6g} with it"
     )
-
-
-def counted(number_of: int, what: str) -> str:
-    """1 site, 2 sites."""
-    return f"{number_of} {what}" if number_of == 1 else f"{number_of} {what}s"

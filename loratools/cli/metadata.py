@@ -48,10 +48,8 @@ def metadata(
             output.emit({**result, "metadata": {get: value}})
         else:
             output.value(value if isinstance(value, str) else json_text.dumps(value, ensure_ascii=False))
-    elif output.json:
-        output.emit(result)
-    elif not output.quiet:
-        show(output, result, settings["dry_run"], stripped=settings["strip_private"])
+    else:
+        output.result(result, lambda: show(output, result, settings["dry_run"], stripped=settings["strip_private"]))
     return 0
 
 

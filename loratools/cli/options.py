@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is a bad input, not wrong usage
 COMMON = ("json", "quiet", "debug")
 
+
 def dtype_name(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """A dtype in any usual spelling as its safetensors name. Raises click.BadParameter."""
     try:
@@ -38,6 +39,13 @@ def finite(_context: click.Context, _parameter: click.Parameter, value: float | 
     return value
 
 
+def not_zero(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """A finite number other than 0. Raises click.BadParameter."""
+    if value == 0:
+        raise click.BadParameter("alpha must not be 0: it would take the whole adapter away; an alpha equal to the rank is a scale of 1.")
+    return finite(context, parameter, value)
+
+
 def tolerance(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
     """A finite number that is not negative. Raises click.BadParameter."""
     if not (math.isfinite(value) and value >= 0):
@@ -46,7 +54,10 @@ def tolerance(_context: click.Context, _parameter: click.Parameter, value: float
 
 
 class Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """`PATH` or `PATH:0.8`: an adapter and its weight. The last colon followed by a number is the weight; a file of that name wins."""
+    """`PATH` or `PATH:0.8`: an adapter and its weight. The last colon followed by a number is the weight; a file of that name wins.
+
+    Raises UsageError for a weight that is no finite number, where the path before it exists.
+    """
 
     name = "adapter"
 
@@ -56,13 +67,22 @@ class Weighted(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
         head, colon, tail = str(value).rpartition(":")
         if not colon or not head or Path(value).exists():
             return Path(value), 1.0
-        try:
-            weight = float(tail)
-        except ValueError:
+        weight = _number(tail)
+        if weight is None and not Path(head).exists():
             return Path(value), 1.0
-        if not math.isfinite(weight):
-            self.fail(f"{value!r}: the weight {tail} is not a finite number.", param, ctx)
+        if weight is None or not math.isfinite(weight):
+            likely = _number(tail.replace(",", "."))
+            example = "0.8" if likely is None or not math.isfinite(likely) else f"{likely:g}"
+            told = f"{value!r}: what follows the last colon is the weight, and {tail!r} is no finite number"
+            raise UsageError(told, fix=f"{head}:{example}")
         return Path(head), weight
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 WEIGHTED = Weighted()
@@ -145,7 +165,7 @@ def arch(function: F) -> F:
 
 
 def alpha(function: F) -> F:
-    return click.option("--alpha", type=float, callback=finite, metavar="A", help="The alpha of a file that records none.")(function)
+    return click.option("--alpha", type=float, callback=not_zero, metavar="A", help="The alpha of a file that records none.")(function)
 
 
 def dtype(function: F) -> F:

@@ -99,6 +99,7 @@ _ALIASES = (
     ("language_model.", ""),
     ("transformer.", ""),
     ("", "transformer."),
+    ("", "language_model."),  # the head of a multimodal model, which transformers 4.52 took out of its text model
 )
 
 HEAD = "lm_head"
@@ -214,6 +215,26 @@ class Base:
         if site.path.rpartition(".")[2] == HEAD and role == "weight" and self.embedding is not None:
             return Place(self.embedding, 0, self.tensors[self.embedding].shape[0], output=f"{HEAD}.weight")
         return None
+
+    def sites(self) -> Iterator[tuple[Site, str, str]]:
+        """(site, "weight" or "bias", the tensor that holds it) of everything with a name, in the order of the base's tensors."""
+        for key in self.source.tensors:
+            for role, sites in self._readings(key):
+                found = [site for site in sites if (place := self.place(site, role)) is not None and place.key == key]
+                if found:
+                    yield from ((site, role, key) for site in found)
+                    break
+
+    def _readings(self, key: str) -> Iterator[tuple[str, list[Site]]]:
+        """(role, sites) that a tensor's name may mean, the likeliest first; a bare parameter is a weight of its own name."""
+        for component in self.architecture.components:
+            for prefix, namespaces in [("", ())] if self.architecture.open_names else self._places(component):
+                rest = key.removeprefix(prefix) if key.startswith(prefix) else ""
+                for role, leaf in [(kind, end) for kind in ("bias", "weight") for end in _LEAVES[kind] if rest.endswith(end)]:
+                    name = rest.removesuffix(leaf)
+                    matches = [match for namespace in namespaces for match in component.table.by_name(namespace, name)]
+                    paths = [name] if self.architecture.open_names else [path for match in matches for path in match.sites]
+                    yield role, [Site(component.name, path) for path in paths]
 
     def conv1d(self, site: Site) -> bool | None:
         """Is a layer transformers' Conv1D, whose weight is stored (in, out)? None where nothing tells the model's type."""

@@ -179,7 +179,8 @@ def tables_of(reading: Reading) -> Architecture:
     best = reading.detection.best
     if best is None or not best.architecture.supported:
         title = "these" if best is None else best.architecture.title
-        raise UnsupportedError(f"{reading.source.path.name}: {title} adapters are recognised, but not supported yet")
+        told = f"{reading.source.path.name}: {title} adapters are recognised, but not supported yet"
+        raise UnsupportedError(told, fix="loratools formats lists what is")
     return best.architecture
 
 
@@ -242,8 +243,8 @@ class _Reader:
         for key in stem.duplicates:
             self._error("duplicate-key", f"{key}: a second tensor for the same factor of {where}", where)
         found = []
-        for module in self.detection.modules[name]:
-            module = self._with_alpha(name, module, stem, assignment)
+        for stored in self.detection.modules[name]:
+            module = self._with_alpha(name, stored, stem, assignment)
             for severity, code, message in module.problems():
                 self.findings.append(Finding(severity, code, where, f"{name}: {message}"))
             if not assignment.fits:
@@ -253,7 +254,7 @@ class _Reader:
                     f"{name}: shape {_show(module.shape)} does not fit {match.row.total_out} x {match.row.in_} ({widths})",
                     where,
                 )
-            keys = {role: stem.keys[role] for role in module.factors if role in stem.keys}
+            keys = {role: stem.keys[role] for role in stored.factors if role in stem.keys}  # an alpha that was settled among them
             scheme = stem.scheme or slot.form.scheme
             form = Form(slot.form.prefix, slot.form.spelling, slot.form.namespace, scheme)
             rows = self._rows(match.row, module, component) if len(sites) > 1 else ()

@@ -16,6 +16,7 @@ table that meets no site.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import InputError, LoraToolsError, UsageError
+from loratools.errors import InputError, LoraToolsError, UsageError, counted
 from loratools.mapping.architectures import Architecture
 from loratools.tensors.header import open_bytes, printable
 
@@ -33,6 +34,7 @@ BASE = "BASE"
 _DENOISER = "denoiser"
 _BLOCKS = {"input_blocks": "IN{:02d}", "middle_block": "MID", "output_blocks": "OUT{:02d}"}  # ldm's name → kohya's
 _LARGEST = 1 << 20  # bytes; a file of block weights has a few hundred
+_EXAMPLE = "--block-weights takes a TOML file; one with the line `default = 0.5` halves every weight"
 _LIST_SITES = "loratools inspect ADAPTER --modules lists the sites"
 
 
@@ -119,7 +121,7 @@ class Rules:
             return dict(zip(own[len(self.kohya)], self.kohya, strict=True))
         lengths = f"its lists have {' or '.join(map(str, own))}" if own else "it has no such lists"
         raise UsageError(
-            f"kohya: a list of {len(self.kohya)} numbers does not belong to {architecture.name}: {lengths}",
+            f"kohya: a list of {counted(len(self.kohya), 'number')} does not belong to {architecture.name}: {lengths}",
             fix="[components] and [sites] weigh the sites of any architecture",
         )
 
@@ -222,7 +224,7 @@ class Selection:
     def _nothing_left(self, sites: Mapping[str, Collection[Site]], architecture: Architecture) -> Iterator[LoraToolsError]:
         factors = [self.factor(site, architecture, name) for name, group in sites.items() for site in group]
         if factors and all(factor is None for factor in factors):
-            yield UsageError(f"the selection leaves none of {len(factors)} sites", fix=f"widen it; {_LIST_SITES}")
+            yield UsageError(f"the selection leaves none of {counted(len(factors), 'site')}", fix=f"widen it; {_LIST_SITES}")
         elif factors and not any(factors):
             where = f"{self.blocks.path}: " if self.blocks and self.blocks.path else ""
             yield UsageError(f"{where}the factor is 0 at every selected site: nothing would be merged")
@@ -273,7 +275,7 @@ def _near_glob(glob: str, sites: Collection[Site]) -> str | None:
 
 
 def read_block_weights(path: Path) -> BlockWeights:
-    """The block weights in a TOML file. Raises InputError with all problems of the file at once."""
+    """The block weights in a TOML file (UTF-8, with a byte order mark or without). Raises InputError with all problems at once."""
     table = _toml(path)
     found: list[str] = []
     own = table.pop("adapters", {})
@@ -287,20 +289,36 @@ def read_block_weights(path: Path) -> BlockWeights:
     if not isinstance(own, dict):
         found.append(f'adapters: expected tables such as [adapters."style.safetensors"], found {_shown(own)}')
     if found:
-        count = f"{len(found)} problem{'s' * (len(found) > 1)}"
-        raise InputError(f"{path}: {count} in the block weights", details=found, fix="correct the entries listed")
+        raise InputError(f"{path}: {counted(len(found), 'problem')} in the block weights", details=found, fix="correct the entries listed")
     return BlockWeights(rules, adapters, path)
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    file, size = open_bytes(path)
-    if size > _LARGEST:
-        raise InputError(f"{path}: {size} bytes are no block weights; at most {_LARGEST} are read")
+    data = _bytes(path)
     try:
-        return tomllib.loads(file.read(0, size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of 5000 digits, brackets without end
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: not TOML: line {line} is not UTF-8", fix="save the file as UTF-8") from error
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not TOML, a number of 5000 digits, brackets without end
+        place = re.search(r"\(at line (\d+)", str(error))
+        told = [f"line {place[1]}: {printable(text.split(chr(10))[int(place[1]) - 1].strip())[:100]}"] if place else []
         fix = 'names with dots or stars need quotes: "denoiser.mid_block.*" = 0.5'
-        raise InputError(f"{path}: not TOML: {error}", fix=fix) from error
+        raise InputError(f"{path}: not TOML: {error}", details=told, fix=fix) from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        file, size = open_bytes(path)
+    except InputError as error:
+        near = difflib.get_close_matches(path.name, sorted({entry.name for entry in path.parent.glob("*.toml")} - {path.name}), 1)
+        error.fix = f"did you mean {path.with_name(near[0])}?" if near else _EXAMPLE
+        raise
+    if size > _LARGEST:
+        raise InputError(f"{path}: {size} bytes are no block weights; at most {_LARGEST} are read", fix=_EXAMPLE)
+    return file.read(0, size)
 
 
 def _rules(where: str, table: Mapping[str, object], found: list[str]) -> Rules:
@@ -348,7 +366,7 @@ def _kohya(where: str, value: object, found: list[str]) -> tuple[float, ...]:
         found.append(f"{where}: expected a list of numbers, found {_shown(value)}")
     elif len(entries) not in KOHYA_LISTS:
         kinds = ", ".join(f"{length} ({', '.join(known.architectures)})" for length, known in KOHYA_LISTS.items())
-        found.append(f"{where}: {len(entries)} numbers, but the lists have {kinds}")
+        found.append(f"{where}: {counted(len(entries), 'number')}, but the lists have {kinds}")
     else:
         blocks = KOHYA_LISTS[len(entries)].blocks
         return tuple(_number(f"{where} ({block})", entry, found) for block, entry in zip(blocks, entries, strict=True))

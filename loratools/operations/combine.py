@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry
-from loratools.adapters.algebra import in_parallel
+from loratools.adapters.algebra import Criterion, in_parallel
 from loratools.adapters.factors import is_float, widest
 from loratools.adapters.sums import Combined
-from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, worst
-from loratools.mapping.dialects import DIALECTS, dialect_named
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, counted, worst
+from loratools.mapping.dialects import DIALECTS, Dialect
 from loratools.mapping.fitting import fit_dtype, narrows
 from loratools.mapping.memory import ALPHA, unfolded
 from loratools.mapping.read import Reading, tables_of
 from loratools.mapping.write import Plan, plan
 from loratools.operations.combining.grouping import Input, check, groups
 from loratools.operations.combining.recompress import Fit, Recipe, Unit, declared, distance, shrunk, sparse_norm, value
+from loratools.operations.combining.request import form_problems, usage_problems
 from loratools.operations.combining.result import Job, merged_from, record, told
 from loratools.operations.combining.similarity import gram
-from loratools.operations.combining.sparsify import DENSITY, METHODS
+from loratools.operations.combining.sparsify import DENSITY
 from loratools.operations.combining.units import Target, entry_of, one_kind, with_module
 from loratools.operations.inputs import read_together
 from loratools.operations.save import write_adapter
@@ -35,10 +36,9 @@ from loratools.tensors.dtypes import dtype_named
 from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor, same_bytes
 from loratools.tensors.metadata import lora_adapter_metadata
-from loratools.tensors.writer import check_output
+from loratools.tensors.writer import check_output, output_problems
 
 Made = list[tuple[Entry, list[Combined]]]
-_LIMIT = 1e30  # of a weight's size, as of an alpha's: beyond it products leave float32
 
 
 def combine(
@@ -67,24 +67,20 @@ def combine(
     Returns the JSON object of the command. Raises UsageError (2), InputError and its children (3), WriteError (1).
     """
     given = [(Path(path), float(weight)) for path, weight in adapters]
-    out = Path(output)
-    recipe = Recipe(method, rank, energy, DENSITY if density is None else density, seed)
-    problems = _usage_problems(given, recipe, density, to)
+    out, paths = Path(output), [path for path, _ in given]
+    recipe = Recipe(method, Criterion(rank, energy), DENSITY if density is None else density, seed)
+    problems = list(usage_problems(given, recipe, density, to))
     wanted = None
     try:
         wanted = dtype_named(dtype)
-        check_output(out, [path for path, _ in given], force)
-    except LoraToolsError as error:
+    except UsageError as error:
         problems.append(error)
+    problems += output_problems(out, paths, force=force)
     try:
-        readings, found = read_together([path for path, _ in given], arch=arch, alpha=alpha, base=Path(base) if base else None)
-        dialect = to if to in DIALECTS else found[0].dialect
-        if DIALECTS[dialect].folder and out.suffix in (".safetensors", ".pt", ".bin"):
-            problems.append(UsageError(f"{out}: {dialect} is a folder, this is the name of a file", fix=f"{out.with_suffix('')}"))
-        elif out.suffix in (".ckpt", ".pt", ".bin"):
-            fix = f"{out.with_suffix('.safetensors')}"
-            problems.append(UsageError(f"{out}: only safetensors is written, never a pickle", fix=fix))
-        job = _prepared(given, readings, found, dialect, recipe, wanted, threads)
+        readings, found = read_together(paths, arch=arch, alpha=alpha, base=Path(base) if base else None)
+        target = DIALECTS[to if to in DIALECTS else found[0].dialect]
+        problems += form_problems(out, target)
+        job = _prepared(given, readings, found, target, recipe, wanted, threads)
     except LoraToolsError as error:
         problems.append(error)
     if problems:
@@ -92,45 +88,18 @@ def combine(
     return _run(job, out, force, dry_run)
 
 
-def _usage_problems(given: Sequence[tuple[Path, float]], recipe: Recipe, density: float | None, to: str | None) -> list[LoraToolsError]:
-    """Everything that is wrong with the request itself."""
-    rank, energy, method, sparse = recipe.rank, recipe.energy, recipe.method, recipe.method in METHODS
-    wrong = {
-        f"unknown method {method!r}: sum, {', '.join(METHODS)}": method != "sum" and not sparse,
-        "--rank and --energy: one of them settles the rank": rank is not None and energy is not None,
-        f"--rank {rank}: expected 1 or more": rank is not None and rank < 1,
-        f"--energy {energy}: expected a share above 0, 1 at most": energy is not None and not 0 < energy <= 1,
-        f"--density {density}: expected a share above 0, 1 at most": density is not None and not 0 < density <= 1,
-        "--density is for ties and dare; a sum keeps everything": density is not None and method == "sum",
-        f"--method {method} makes dense deltas: --rank N or --energy E says how large the factors may be": sparse and not recipe.shrinks,
-        "no adapter to combine": not given,
-        "every weight is 0: nothing is left": bool(given) and not any(weight for _, weight in given),
-    }
-    found: list[LoraToolsError] = [UsageError(text) for text, holds in wrong.items() if holds]
-    for path, weight in given:
-        if weight and not 1 / _LIMIT < abs(weight) < _LIMIT:
-            found.append(UsageError(f"{path.name}: a weight of {weight:g}: expected 0, or a number between 1e-30 and 1e30"))
-    if to is not None and to not in DIALECTS:
-        try:
-            dialect_named(to)
-        except UsageError as error:
-            found.append(error)
-    return found
-
-
 def _prepared(
     given: Sequence[tuple[Path, float]],
     readings: list[Reading],
     adapters: list[Adapter],
-    dialect: str,
+    dialect: Dialect,
     recipe: Recipe,
     dtype: str | None,
     threads: int | None,
 ) -> Job:
     """The job after all checks. Raises the worst of what is wrong, everything listed."""
     first = adapters[0]
-    architecture = tables_of(readings[0])
-    keeps = DIALECTS[dialect].alpha in ("tensor", "config")
+    keeps = dialect.alpha in ("tensor", "config")
     inputs = [
         Input(position, path, weight, _own_forms(unfolded(adapter) if keeps else adapter, first.dialect))
         for position, ((path, weight), adapter) in enumerate(zip(given, adapters, strict=True))
@@ -140,17 +109,22 @@ def _prepared(
     residue = _residue(inputs, problems)
     if problems:
         raise worst(problems)
-    dims = {
-        component: {symbol: value for adapter in reversed(adapters) for symbol, value in adapter.dims.get(component, {}).items()}
-        for component in dict.fromkeys(name for adapter in adapters for name in adapter.dims)
-    }
-    target = Target.of(architecture, DIALECTS[dialect], first, dims)
-    made = replace(recipe, dtype=dtype or _new_dtype(inputs), holds=DIALECTS[dialect].holds)
+    target = Target.of(tables_of(readings[0]), dialect, first, _dims(adapters))
+    made = replace(recipe, dtype=dtype or _new_dtype(inputs), holds=dialect.holds)
     if recipe.method != "sum":
         found = groups(inputs, lambda sites: len(sites) == 1)
     else:
         found = groups(inputs, target.fits if recipe.shrinks else lambda _: True)
     return Job(list(given), readings, inputs, target, made, target.units(found), dtype, residue, threads)
+
+
+def _dims(adapters: Sequence[Adapter]) -> dict[str, dict[str, int]]:
+    """component → widths, of all inputs together; where two know one, the first's."""
+    found: dict[str, dict[str, int]] = {}
+    for adapter in adapters:
+        for component, widths in adapter.dims.items():
+            found[component] = {**widths, **found.get(component, {})}
+    return found
 
 
 def _own_forms(adapter: Adapter, dialect: str) -> Adapter:
@@ -170,7 +144,7 @@ def _residue(inputs: Sequence[Input], problems: list[LoraToolsError]) -> dict[st
             if other is not tensor and not same_bytes(other, tensor):
                 clashes.append(f"{key}: of {name} and of {given.name}")
     if clashes:
-        text = f"{len(clashes)} tensors of no module have one name and different values"
+        text = f"different values under one name: {counted(len(clashes), 'tensor')} of no module"
         problems.append(InputError(text, details=clashes, fix="rename or take out one of them before combining"))
     return {key: tensor for key, (_, tensor) in found.items()}
 
@@ -263,7 +237,8 @@ def _check_finite(job: Job) -> None:
     marks = in_parallel(lambda item: first_not_finite(item[2]), used, job.threads)
     found = [f"{name}: {key}" for (name, key, _), bad in zip(used, marks, strict=True) if bad]
     if found:
-        raise InputError(f"{len(found)} tensors hold NaN or Inf", details=found, fix="loratools inspect --check names every such tensor")
+        fix = "loratools inspect --check names every such tensor"
+        raise InputError(f"NaN or Inf in {counted(len(found), 'tensor')}", details=found, fix=fix)
 
 
 def _write(job: Job, adapter: Adapter, planned: Plan, out: Path, force: bool) -> None:

@@ -1,6 +1,7 @@
 """Several adapters read together: one architecture for all, and what one of them settles for the others.
 
-A file whose architecture is ambiguous alone takes that of the others. `--alpha` speaks only for files that record none.
+A file whose architecture is ambiguous alone takes that of the others. `--alpha` speaks only for files that record none. A base that
+is itself an adapter is refused: it would name no module, and every later message would be about that.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratools.adapters.adapter import Adapter
-from loratools.errors import InputError, UsageError
-from loratools.mapping.read import Reading, analyse, checked, tables_of
+from loratools.errors import InputError, LoraToolsError, UsageError
+from loratools.mapping.detect import detect
+from loratools.mapping.read import Reading, analyse, checked, is_adapter, tables_of
 from loratools.tensors.reader import TensorSource, open_source
 
 
@@ -23,6 +25,9 @@ def read_together(
     reading raises.
     """
     opened = open_source(base) if base is not None else None
+    misplaced = adapter_as_base(opened) if opened is not None else None
+    if misplaced is not None:
+        raise misplaced
     alphas = [alpha if alpha is not None and needs_alpha(path, arch, opened) else None for path in paths]
     if alpha is not None and not any(value is not None for value in alphas):
         which = {1: "this one records its own", 2: "both of these record their own"}.get(len(paths), "all of these record their own")
@@ -39,6 +44,29 @@ def read_together(
         told = [f"{path.name} is {adapter.architecture}" for path, adapter in zip(paths, adapters, strict=True)]
         raise InputError(f"{count} architectures: {', '.join(told)}")
     return readings, adapters
+
+
+def adapter_as_base(base: TensorSource, adapters: Sequence[Path] = ()) -> InputError | None:
+    """What is to be said where the base is itself an adapter; None where it is not.
+
+    adapters: what was given to be merged into it; a model among them says that the order is wrong.
+    """
+    if not _is_adapter(base):
+        return None
+    model = next((path for path in adapters if _is_model(path)), None)
+    fix = f"the base comes first: loratools merge {model} {base.path} OUT" if model else "give the model that the adapters were trained on"
+    return InputError(f"{base.path.name} is an adapter, where a base model is expected", fix=fix)
+
+
+def _is_adapter(source: TensorSource) -> bool:
+    return is_adapter(source, detect(source.tensors, source.metadata, container=source.container))
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        return not _is_adapter(open_source(path))
+    except LoraToolsError:  # told where it is read; here it is no model that could be the base
+        return False
 
 
 def needs_alpha(path: Path, arch: str | None, base: TensorSource | None) -> bool:

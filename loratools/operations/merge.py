@@ -20,10 +20,10 @@ from loratools.mapping.dialects import DIALECTS
 from loratools.mapping.selection import BlockWeights, Rules, Selection, read_block_weights
 from loratools.operations.merging import lineage
 from loratools.operations.merging.arithmetic import Sums
+from loratools.operations.merging.folder import aside, extra_files, texts
 from loratools.operations.merging.plan import MergePlan, prepare
 from loratools.operations.merging.residual import PlannedResidual, Residual, residual_of, residual_plan, residual_told
 from loratools.operations.merging.storage import Rounding
-from loratools.operations.merging.untying import edited_config, json_object
 from loratools.operations.merging.verify import Verification, verify_merge
 from loratools.operations.merging.work import Work, work_of
 from loratools.operations.meter import Meter
@@ -33,14 +33,6 @@ from loratools.tensors.dtypes import dtype_named
 from loratools.tensors.writer import write_text_file
 
 SHOWN = 5  # tensors named as the worst
-
-# Files of an adapter's folder that belong to a vocabulary it made larger.
-_VOCABULARY = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
-
-_CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def merge(
@@ -84,6 +76,7 @@ def merge(
     beside = [Path(path) for path in (residual, report) if path is not None]
     given = [(Path(path), weight) for path, weight in adapters]
     plan = prepare(Path(base), given, Path(output), selection=selection, arch=arch, alpha=alpha, force=force, beside=beside)
+    plan.warnings += aside(plan, Path(output))
     if residual is not None:
         _check_residual_name(plan, Path(residual))
     wanted = dtype_named(dtype)
@@ -102,8 +95,8 @@ def merge(
         replaced=work.replaced,
         added=work.added,
         metadata=lambda old: lineage.merged_metadata(old, record),
-        texts=_texts(plan, wanted),
-        extra_files=_extra_files(plan),
+        texts=texts(plan, wanted),
+        extra_files=extra_files(plan),
         force=force,
         threads=finish.threads,
         check=finish,
@@ -171,32 +164,6 @@ def _rules(rules: Rules) -> dict[str, Any]:
 def _record(plan: MergePlan, options: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     adapters = [{"name": lineage.text(one.name), "weight": one.weight, "sha256": one.digest} for one in plan.given]
     return lineage.record_of(plan.source, adapters, options, whole=whole)
-
-
-def _texts(plan: MergePlan, dtype: str | None) -> dict[Path, str]:
-    """Configurations that have to say something else: an untied head, a larger vocabulary, another dtype."""
-    if not plan.layout.folder:
-        return {}
-    found: dict[Path, str] = {}
-    root = plan.source.path if plan.source.path.is_dir() else plan.source.path.parent
-    for relative in plan.layout.copies:
-        if relative.name != "config.json":
-            continue
-        content = json_object(root / relative)
-        values: dict[str, Any] = dict(plan.edits.values) if plan.config == root / relative else {}
-        if dtype is not None:
-            values |= {key: _CONFIG_DTYPES[dtype] for key in ("torch_dtype", "dtype") if key in content}
-        if values:
-            found[relative] = edited_config((root / relative).read_text("utf-8"), values)
-    return found
-
-
-def _extra_files(plan: MergePlan) -> dict[Path, Path]:
-    """The tokenizer of the adapter that brought new rows of the vocabulary."""
-    if "vocab_size" not in plan.edits.values:
-        return {}
-    folders = [one.path for one in plan.given if one.path.is_dir() and (one.path / "tokenizer_config.json").is_file()]
-    return {Path(name): folder / name for folder in folders for name in _VOCABULARY if (folder / name).is_file()}
 
 
 def _rows(work: Work) -> list[dict[str, Any]]:

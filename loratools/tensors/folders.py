@@ -104,7 +104,8 @@ def _choose_unnamed(folder: Path, names: set[str]) -> str | None:
     )
     shards = [name for name in found if _SHARD.fullmatch(name)]
     if shards and len(shards) == len(found):
-        raise MalformedError(f"{folder}: shards without their index ({shards[0]} …): *.index.json is missing", details=shards)
+        told = f"{folder}: shards without their index ({shards[0]} …): *.index.json is missing"
+        raise MalformedError(told, details=shards, fix="download the index beside them")
     if len(found) > 1:
         fix = f"give the path of the one you mean, or '{folder}/*.safetensors' for all of them"
         raise AmbiguousError(f"{folder}: holds {len(found)} weights files", details=found, fix=fix)
@@ -122,7 +123,8 @@ def _open_peft(folder: Path, names: set[str], root: Path) -> TensorSource:
     config = read_json(folder / ADAPTER_CONFIG)
     name, warnings = choose_weights(folder, {name for name in names if name.startswith("adapter_model.")})
     if name is None:
-        raise InputError(f"{folder}: {ADAPTER_CONFIG} without adapter_model.safetensors or adapter_model.bin")
+        told = f"{folder}: {ADAPTER_CONFIG} without adapter_model.safetensors or adapter_model.bin"
+        raise InputError(told, fix="download the weights into this folder")
     source = _open_member(folder, name, root)
     source.path, source.container, source.config = folder, "peft", config
     source.warnings += warnings

@@ -45,7 +45,7 @@ def _check_there(path: Path) -> None:
         raise InputError(f"{printable(str(path))}: {error}") from error
     near = [printable(name) for name in difflib.get_close_matches(path.name, names, n=3)]
     if path.is_symlink():
-        raise InputError(f"{path}: a link to {os.readlink(path)}, which does not exist")
+        raise InputError(f"{path}: a link to {os.readlink(path)}, which does not exist", fix="restore what the link points to")
     where = "" if folder.is_dir() else f": the folder {folder} does not exist"
-    fix = f"did you mean {', '.join(near)}?" if near else None
+    fix = f"did you mean {', '.join(near)}?" if near else "check the path"
     raise InputError(f"{printable(str(path))}: no such file or folder{where}", fix=fix)

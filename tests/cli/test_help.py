@@ -67,7 +67,7 @@ def test_common_options_are_everywhere(name: str) -> None:
     assert {"json", "quiet", "debug"} <= {parameter.name for parameter in command_of(name).params}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in [*COMMANDS, *ALIASES])])
 def test_help_imports_neither_torch_nor_rich(arguments: list[str]) -> None:
     imported = modules_after(*arguments)
     assert "click" in imported

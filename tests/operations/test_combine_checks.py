@@ -136,6 +136,46 @@ def test_all_that_is_wrong_is_told_at_once(randn: Make, save: Save, tmp_path: Pa
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "word"),
+    [
+        ("out.bin", {"to": "peft"}, "peft is a folder"),
+        ("out.ckpt", {"to": "peft"}, "peft is a folder"),
+        ("out.safetensors", {"to": "peft"}, "peft is a folder"),
+        ("out.ckpt", {}, "never a pickle"),
+        ("out.pt", {"rank": 2}, "never a pickle"),
+        ("out.bin", {"to": "diffusers"}, "never a pickle"),
+    ],
+)
+def test_a_name_does_not_promise_another_container(
+    randn: Make, save: Save, tmp_path: Path, name: str, settings: dict[str, Any], word: str
+) -> None:
+    a = save("a.safetensors", kohya_file(four(randn)))
+    with pytest.raises(UsageError, match=word) as refused:
+        combine([(a, 1.0)], tmp_path / name, **settings)
+    assert (refused.value.fix or "").endswith("out" if "to" in settings and settings["to"] == "peft" else "out.safetensors")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("weight", [1e30, -1e30, 1e-30, -5e-324, float("inf"), float("nan")])
+def test_a_weight_has_a_size_that_float32_can_scale_by(randn: Make, save: Save, tmp_path: Path, weight: float) -> None:
+    a = save("a.safetensors", kohya_file(four(randn)))
+    with pytest.raises(UsageError, match="expected 0, or a number between"):
+        combine([(a, weight)], tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("weight", [9e29, -1.1e-30])
+@pytest.mark.parametrize("settings", [{}, {"to": "diffusers"}, {"rank": 2}])
+def test_the_largest_and_smallest_weights_do(randn: Make, save: Save, tmp_path: Path, weight: float, settings: dict[str, Any]) -> None:
+    a, first = make(randn, save, "a.safetensors", 2)
+    combine([(a, weight)], tmp_path / "out.safetensors", **settings)
+    check(
+        tmp_path / "out.safetensors",
+        {path: weight * delta for path, delta in first.items()},
+        dialect="diffusers" if "to" in settings else "kohya",
+    )
+
+
 def test_an_output_is_not_an_input_and_not_overwritten_unasked(randn: Make, save: Save, tmp_path: Path, digest: Any) -> None:
     a, out = save("a.safetensors", kohya_file(four(randn))), save("out.safetensors", {"x": torch.zeros(1)})
     before = digest(a)

@@ -352,6 +352,24 @@ def test_alpha_settles_a_file_that_records_none(tmp_path: Path) -> None:
     assert f"{BLOCK}proj_in.alpha" not in load_file(tmp_path / "c.safetensors")
 
 
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_alpha_settles_an_alpha_of_zero(dialect: str, tmp_path: Path) -> None:
+    """Some readers take 0 as the rank, others as a scale of 0: it is refused, and --alpha says which number it is."""
+    tensors = lora(f"{BLOCK}proj_in", (16, 16, 1, 1), alpha=0.0)
+    path = save(tmp_path / "a.safetensors", tensors)
+    assert "alpha is 0" in told(refusal(convert, path, tmp_path / "b.safetensors", dialect))
+    convert(path, tmp_path / "b.safetensors", dialect, alpha=8.0)
+    parts = {"kohya": ("lora_up", "lora_down"), "diffusers": ("lora_B", "lora_A")}
+    before, after = (
+        [next(value for key, value in found.items() if part in key).double().flatten(1) for part in parts[name]]
+        for found, name in ((tensors, "kohya"), (load_file(tmp_path / "b.safetensors"), dialect))
+    )
+    scale = 1.0 if dialect == "kohya" else 8.0 / before[1].shape[0]  # kohya: in an alpha tensor, diffusers: in the factors
+    assert torch.allclose(after[0] @ after[1], before[0] @ before[1] * scale, rtol=1e-6, atol=1e-9)
+    if dialect == "kohya":
+        assert float(load_file(tmp_path / "b.safetensors")[f"{BLOCK}proj_in.alpha"]) == 8.0
+
+
 def test_a_negative_alpha_keeps_its_sign(tmp_path: Path) -> None:
     """Read with a warning; where alpha is folded the sign goes into the up factor."""
     tensors = lora(f"{BLOCK}proj_in", (16, 16, 1, 1), alpha=-2.0)

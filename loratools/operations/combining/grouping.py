@@ -15,7 +15,7 @@ from pathlib import Path
 from loratools.adapters.adapter import Adapter, Entry, Form, Module, NotExact, Site
 from loratools.adapters.kinds import Dense
 from loratools.adapters.sums import Term, low_rank, plain_dense, plain_lora
-from loratools.errors import InputError, LoraToolsError, UnsupportedError
+from loratools.errors import InputError, LoraToolsError, UnsupportedError, counted
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def check(inputs: Sequence[Input]) -> list[LoraToolsError]:
     problems: list[LoraToolsError] = []
     fixed = list(_without_sum(inputs))
     if fixed:
-        text = f"{len(fixed)} modules multiply or replace the base weight: they have no sum with others, and no weight but 1"
+        text = f"{counted(len(fixed), 'module')} without a sum: what multiplies or replaces the base weight stands alone, with weight 1"
         problems.append(UnsupportedError(text, details=fixed, fix="loratools merge puts such adapters into a base, one after the other"))
     shapes = list(_mismatches(inputs))
     if shapes:
-        problems.append(InputError(f"{len(shapes)} sites have different shapes in the inputs", details=shapes))
+        problems.append(InputError(f"the inputs have different shapes at {counted(len(shapes), 'site')}", details=shapes))
     return problems
 
 
@@ -130,7 +130,7 @@ def groups(inputs: Sequence[Input], whole: Callable[[tuple[Site, ...]], bool]) -
             except NotExact as refused:
                 problems.append(f"{entries[0].sites[0]}: {refused}")
     if problems:
-        raise UnsupportedError(f"{len(problems)} fused modules have no exact split", details=problems)
+        raise UnsupportedError(f"no exact split of {counted(len(problems), 'fused module')}", details=problems)
     return found
 
 

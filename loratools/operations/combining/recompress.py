@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from loratools.adapters import algebra
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How sites are combined. rank, energy: None for the exact sum; dtype: of new factors; holds: what the target can hold."""
+    """How sites are combined. criterion: of the rank, empty for the exact sum; dtype: of new factors; holds: what the target can hold."""
 
     method: str = "sum"
-    rank: int | None = None
-    energy: float | None = None
+    criterion: algebra.Criterion = field(default_factory=algebra.Criterion)
     density: float = 1.0
     seed: int = 0
     dtype: str = "F32"
@@ -43,7 +42,7 @@ class Recipe:
 
     @property
     def shrinks(self) -> bool:
-        return self.rank is not None or self.energy is not None
+        return self.criterion.asked
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,17 @@ class Unit:
 
     def declared_rank(self, recipe: Recipe) -> int | None:
         """The rank this will have at most, None where its exact sum is kept: of rank N or less, norms, biases, kinds without a sum."""
-        shape, joined = self.shape, self.joined_rank
+        shape, joined, rank = self.shape, self.joined_rank, recipe.criterion.rank
         if not recipe.shrinks or len(shape) < 2 or not all(group.additive for group in self.present):
             return None
         most = min(shape[0], math.prod(shape[1:]))
-        asked = most if recipe.rank is None else min(recipe.rank, most)
+        asked = most if rank is None else min(rank, most)
         if recipe.method != "sum":
             return asked
-        if joined is not None:
-            return None if recipe.rank is not None and joined <= recipe.rank else min(asked, joined)
-        return None if recipe.rank is not None and most <= recipe.rank and "dense" in recipe.holds else asked
+        fits = rank is not None and not recipe.criterion.adaptive and rank >= (most if joined is None else joined)
+        if fits and (joined is not None or "dense" in recipe.holds):
+            return None
+        return asked if joined is None else min(asked, joined)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ def distance(theirs: Value, written: Sequence[Module]) -> Fit:
 
 
 def shrunk(unit: Unit, recipe: Recipe) -> tuple[list[Combined], Fit] | None:
-    """The unit's best approximation and its error; None where its energy needs the full joined rank: the exact sum is as small."""
-    found = truth(unit, recipe)
-    sides = (found[0].shape[0], found[1].shape[1]) if isinstance(found, tuple) else (found.shape[0], found.shape[1])
-    svd = algebra.core_svd(*found) if isinstance(found, tuple) else algebra.matrix_svd(found, recipe.rank)
-    rank = algebra.rank_for(svd[1], max(sides), rank=recipe.rank, energy=recipe.energy)
+    """The unit's best approximation and its error; None where the criterion keeps the full joined rank: the exact sum is as small."""
+    found, criterion = truth(unit, recipe), recipe.criterion
+    limit = None if criterion.adaptive else criterion.rank
+    svd = algebra.core_svd(*found) if isinstance(found, tuple) else algebra.matrix_svd(found, limit)
+    rank = criterion.keeps(svd[1], max(svd[0].shape[0], svd[2].shape[1]))
     if recipe.method == "sum" and rank == unit.joined_rank:
         return None
     up, down = algebra.balanced(algebra.truncate(svd, rank))

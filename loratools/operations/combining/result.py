@@ -13,6 +13,7 @@ from typing import Any
 
 from loratools.adapters.adapter import Site
 from loratools.adapters.kinds import Dense
+from loratools.errors import counted
 from loratools.mapping.read import Reading
 from loratools.mapping.write import Plan
 from loratools.operations.combining.grouping import Input
@@ -54,9 +55,9 @@ def record(job: Job) -> str:
         {"name": _text(path.name), "sha256": _sha256(reading.source.files), "weight": weight}
         for (path, weight), reading in zip(job.given, job.readings, strict=True)
     ]
-    density, seed = (recipe.density, recipe.seed) if recipe.method != "sum" else (None, None)
-    found = {"method": recipe.method, "rank": recipe.rank, "energy": recipe.energy, "density": density, "seed": seed, "inputs": inputs}
-    return json.dumps(found, sort_keys=True, separators=(",", ":"))
+    sparse = {"density": recipe.density, "seed": recipe.seed} if recipe.method != "sum" else {"density": None, "seed": None}
+    asked = {"rank": recipe.criterion.rank, "energy": recipe.criterion.energy}
+    return json.dumps({"method": recipe.method, **asked, **sparse, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
 
 
 def merged_from(job: Job) -> str:
@@ -123,17 +124,14 @@ def _only_in(job: Job) -> list[dict[str, Any]]:
     return [{"path": str(item.path), "sites": len(sites[item.position] - common)} for item in job.inputs]
 
 
-def _sites(count: int) -> str:
-    return f"{count} site{'s' * (count != 1)}"
-
-
 def _warnings(job: Job, out: Path) -> list[str]:
     found = [finding.message for reading in job.readings for finding in reading.findings if finding.severity == "warning"]
     found += [f"{path.name} has weight 0 and is left out" for path, weight in job.given if not weight]
-    found += [f"{Path(row['path']).name} has {_sites(row['sites'])} that not every input has" for row in _only_in(job) if row["sites"]]
+    apart = [(Path(row["path"]).name, row["sites"]) for row in _only_in(job) if row["sites"]]
+    found += [f"{name} has {counted(count, 'site')} that not every input has" for name, count in apart]
     fixed = sum(not group.additive for unit in job.units for group in unit.present)
     if fixed:
-        found.append(f"{fixed} modules that multiply or replace the base weight are passed through as they are, and are in no cosine")
+        found.append(f"{counted(fixed, 'module')} that multiply or replace the base weight: passed through unchanged, in no cosine")
     aside = kept_aside(out) if job.target.dialect.folder else None
     if aside is not None:
         found.append(f"{out} holds other files than an adapter's: the old folder is kept as {aside.name}")

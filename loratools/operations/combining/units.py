@@ -13,7 +13,7 @@ from loratools.adapters.adapter import Adapter, Entry, Form, Site
 from loratools.adapters.kinds import Dense
 from loratools.adapters.kinds.common import Scaled
 from loratools.adapters.sums import Combined, combined, low_rank, plain_lora, unscaled
-from loratools.errors import InputError
+from loratools.errors import InputError, counted
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.dialects import Dialect
 from loratools.mapping.dimensions import choose_row, evaluate
@@ -73,7 +73,7 @@ class Target:
             problems += [f"{site}: its width is unknown" for site, height in zip(sites, heights, strict=True) if height is None]
             found[sites] = Unit(sites, parts, tuple(height or 0 for height in heights))
         if problems:
-            raise InputError(f"{len(problems)} parts of fused modules are in no input and have no known width", details=problems)
+            raise InputError(f"no known width of {counted(len(problems), 'part')} of fused modules, which no input has", details=problems)
         return list(found.values())
 
     def _height(self, group: Group | None, row: Row, part: int, component: str) -> int | None:

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Site
-from loratools.errors import InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError, worst
+from loratools.errors import InputError, LoraToolsError, OutputExistsError, UnsupportedError, UsageError, counted, worst
 from loratools.mapping.bases import Base
 from loratools.mapping.checkpoints import identify
 from loratools.mapping.selection import Selection
+from loratools.operations.inputs import adapter_as_base
 from loratools.operations.merging.placing import Given, Placement, Region, place_all
 from loratools.operations.merging.reading import read_given
 from loratools.operations.merging.untying import Edits, json_object, language_edits, missing_tokens
 from loratools.tensors.layout import Layout, layout_of
 from loratools.tensors.lazy import LazyTensor
-from loratools.tensors.quantised import ScaledTensor, ScaledWeight, scaled_weights, unsupported
+from loratools.tensors.quantised import scaled_weights, unsupported
 from loratools.tensors.reader import open_source
+from loratools.tensors.scaled import ScaledTensor, ScaledWeight
 from loratools.tensors.source import TensorSource
-from loratools.tensors.writer import kept_aside, output_problems
+from loratools.tensors.writer import output_problems
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BIT = ("F8_E4M3", "F8_E5M2")
@@ -83,6 +85,9 @@ def prepare(
         scaled = scaled_weights(source.tensors, settings, source.metadata)
     except LoraToolsError as error:
         raise worst([error, *problems, *output_problems(output, inputs, force=force)]) from error
+    misplaced = adapter_as_base(source, [path for path, _ in adapters])
+    if misplaced is not None:
+        raise worst([misplaced, *problems, *output_problems(output, inputs, force=force)])
     guess = identify({name: tensor.shape for name, tensor in source.tensors.items()})
     given, wrong = read_given(adapters, source, guess, arch, alpha)
     inputs += [*source.files, *(file for one in given for file in one.files)]
@@ -94,7 +99,7 @@ def prepare(
     problems += _placing_problems(plan)
     if problems:
         raise worst(problems)
-    plan.warnings = _warnings(plan, output)
+    plan.warnings = _warnings(plan)
     return plan
 
 
@@ -194,7 +199,7 @@ def _unmatched(plan: MergePlan) -> list[LoraToolsError]:
     found = plan.placement.unmatched
     if not found:
         return []
-    told = f"{len(found)} tensor{'s' * (len(found) > 1)} of the adapters find no weight in {plan.source.path.name}"
+    told = f"{counted(len(found), 'tensor')} of the adapters found no weight in {plan.source.path.name}"
     parts = sorted({component for one in plan.given for component in one.adapter.components})
     alone = f"--component {parts[0]} merges that part alone; " if len(parts) > 1 else ""
     fix = f"{alone}--exclude GLOB leaves sites, or tensors of no module, out by name"
@@ -204,7 +209,8 @@ def _unmatched(plan: MergePlan) -> list[LoraToolsError]:
 def _collected(messages: Sequence[str], base: Path) -> list[LoraToolsError]:
     if not messages:
         return []
-    return [InputError(f"{len(messages)} module{'s' * (len(messages) > 1)} cannot be merged into {base.name}", details=list(messages))]
+    told = f"{counted(len(messages), 'module')} cannot be merged into {base.name}"
+    return [InputError(told, details=list(messages), fix="--exclude GLOB leaves these sites out by name")]
 
 
 def _quantised(plan: MergePlan) -> list[LoraToolsError]:
@@ -222,11 +228,11 @@ def _quantised(plan: MergePlan) -> list[LoraToolsError]:
         found = [f"{name}: {kind}" for name, kind in known.items()]
     if not found:
         return []
-    told = f"{len(found)} weights of {source.path.name} are quantised in a way that cannot be merged into"
+    told = f"{source.path.name}: {counted(len(found), 'weight')} quantised in a way that cannot be merged into"
     return [UnsupportedError(told, details=found, fix="merge into the 16-bit model, then quantise it again")]
 
 
-def _warnings(plan: MergePlan, output: Path) -> list[str]:
+def _warnings(plan: MergePlan) -> list[str]:
     """What is no problem, yet should be known: told by the adapters, by the layout, by the selection."""
     notes = [warning for one in plan.given for warning in one.warnings]
     notes += [f"{path}: left out, {reason}" for path, reason in plan.layout.left_out]
@@ -236,16 +242,11 @@ def _warnings(plan: MergePlan, output: Path) -> list[str]:
         notes.append(f"model_ema.*: {copies} tensors are a second copy of the weights, a merge leaves them as they are")
     for name, base in plan.bases.items():
         for adapter, silent in plan.selection.silent(_sites(plan.given, name), base.architecture).items():
-            notes.append(f"{adapter}: {len(silent)} sites get weight 0: the list of block weights has no number for their blocks")
+            notes.append(f"{adapter}: {counted(len(silent), 'site')} of weight 0: the list of block weights has no number for their blocks")
     for count, why in (
         (plan.placement.passed_over, "left out by the selection"),
         (plan.placement.silent, "of weight 0: they change nothing"),
     ):
         if count:
-            notes.append(f"{count} module{'s are' if count > 1 else ' is'} {why}")
-    notes += plan.edits.notes
-    layout = plan.layout
-    kept = kept_aside(output, {*layout.weights.values(), *layout.indexes.values(), *layout.copies}) if layout.folder else None
-    if kept is not None:
-        notes.append(f"{output} holds files that the new folder does not have: the old one is kept as {kept.name}")
-    return notes
+            notes.append(f"{counted(count, 'module')} {why}")
+    return notes + plan.edits.notes

@@ -58,7 +58,8 @@ def _given(
     except AmbiguousError:
         raise
     except InputError as error:
-        error.fix = f"loratools inspect {path}"  # what reading advises are options of convert
+        if error.fix is None or "--alpha" not in error.fix:
+            error.fix = f"loratools inspect {path}"  # what reading advises else are options of convert
         raise
     architecture = tables_of(reading)
     names = {candidate.name for candidate, _, _ in guess.candidates}
@@ -66,7 +67,8 @@ def _given(
     fits = architecture.name in names or (architecture.open_names and guess.layout == "hf") or architecture.name not in registry()
     if known and not fits:
         found = " or ".join(sorted(names)) or "a language model"
-        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.path.name} is {found}")
+        fix = f"merge it into a base of {architecture.published}"
+        raise InputError(f"{path.name} is an adapter for {architecture.published}, {base.path.name} is {found}", fix=fix)
     companions = reading.detection.stems.companions
     repeated = [key for key in adapter.residue if companions.get(key) in REPEATED]
     beside = {key: f"{key}: belongs to no module" for key in adapter.residue if key not in repeated}

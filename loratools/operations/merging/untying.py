@@ -18,6 +18,7 @@ from loratools.mapping.bases import HEAD, Base
 from loratools.operations.merging.placing import Placement
 
 HEAD_WEIGHT = f"{HEAD}.weight"
+_HEADS = (HEAD_WEIGHT, f"language_model.{HEAD_WEIGHT}", "embed_out.weight", "output.weight")  # old multimodal ones, GPT-NeoX, InternLM 2
 
 
 @dataclass
@@ -38,7 +39,10 @@ def language_edits(placement: Placement, base: Base, config: Mapping[str, Any] |
     embedding = base.embedding
     if embedding is None:
         return edits
-    if _tied(base, config) and (embedding in placement.regions or HEAD_WEIGHT in placement.regions):
+    tied = _tied(base, config)
+    if HEAD_WEIGHT in placement.regions and HEAD_WEIGHT not in base.tensors and not tied:
+        edits.problems.append(f"{HEAD_WEIGHT}: the base has no {HEAD}, and by its configuration none that shares {embedding}")
+    if tied and (embedding in placement.regions or HEAD_WEIGHT in placement.regions):
         if config is None:
             edits.problems.append(f"{embedding} is also the weight of {HEAD}: a single file has no config.json that could untie them")
         placement.regions.setdefault(HEAD_WEIGHT, [])
@@ -64,7 +68,7 @@ def _tied(base: Base, config: Mapping[str, Any] | None) -> bool:
     text = (config or {}).get("text_config")
     said = (config or {}).get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     headed = config is None or any("LM" in name or "Generation" in name for name in config.get("architectures") or ["LM"])
-    return headed and (HEAD_WEIGHT not in base.tensors if said is None else bool(said))
+    return headed and (base.tensors.keys().isdisjoint(_HEADS) if said is None else bool(said))
 
 
 def missing_tokens(folder: Path, rows: int) -> int:
@@ -82,7 +86,7 @@ def json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        raise MalformedError(f"{path}: not JSON: {error}") from error
+        raise MalformedError(f"{path}: not JSON: {error}", fix="restore the file from where the model came from") from error
     if not isinstance(found, dict):
         raise MalformedError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -34,7 +34,7 @@ def work_of(plan: MergePlan, dtype: str | None, rounding: Rounding) -> Work:
     """Everything that will differ from the base. Raises UnsupportedError where `dtype` would take codes out of their scales."""
     if plan.scaled and dtype is not None:
         told = "--dtype: the weights are fp8 codes with scales, which would have to be taken out"
-        raise UnsupportedError(told, details=list(plan.scaled)[:8])
+        raise UnsupportedError(told, details=list(plan.scaled)[:8], fix="leave out --dtype")
     work, source = Work(), plan.source.tensors
     for key, regions in plan.placement.regions.items():
         _sum(plan, work, key, regions, dtype, rounding)
