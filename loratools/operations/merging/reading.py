@@ -42,7 +42,7 @@ def read_given(
             problems.append(error)
     if alpha is not None and len(given) == len(adapters) and not settled:
         problems.append(UsageError("--alpha is for an adapter that records none; all of these record their own"))
-    given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight))
+    given.sort(key=lambda one: (one.digest, json.dumps(one.adapter.config, sort_keys=True, default=str), one.weight, one.name))
     return given, problems + _residual_inits(given)
 
 
