@@ -9,7 +9,9 @@ is shown with `--debug` only. A closed pipe (`loratools formats | head`) ends qu
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -87,12 +89,19 @@ def flag_given(flag: str, arguments: Sequence[str]) -> bool:
     return value.strip().lower() in {"1", "true", "t", "yes", "y", "on"}
 
 
+def _end_as_interrupted() -> None:
+    """A job that is ended (SIGTERM) cleans up as one that is interrupted does."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def run(action: Callable[[], Any], arguments: Sequence[str]) -> int:
     """Run a command to its exit code; no exception leaves this function except SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # a locale that lacks a character shows its escape instead of failing
             reconfigure(errors="backslashreplace")
+    _end_as_interrupted()
     try:
         code = action()
         if sys.stdout is not None:  # closed by the caller (>&-)

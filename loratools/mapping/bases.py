@@ -167,7 +167,7 @@ class Base:
         self.tensors = {**self.source.tensors, **(values or {})}
 
     @cached_property
-    def _dims(self) -> dict[str, dict[str, int]]:
+    def dims(self) -> dict[str, dict[str, int]]:
         """component → the widths of its table's symbols, from the base's own shapes."""
         return {component.name: self._widths(component) for component in self.architecture.components}
 
@@ -199,7 +199,7 @@ class Base:
                 matches = component.table.by_site(namespace, site.path)
                 found = [(match, key) for match in matches for key in self._keys(prefix + match.name, role)]
                 if found:
-                    return self._at(found, self._dims[site.component])
+                    return self._at(found, self.dims[site.component])
         return None
 
     def _keys(self, stem: str, role: str) -> list[str]:

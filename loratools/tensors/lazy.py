@@ -65,7 +65,7 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[bytes]:
-        """The bytes as a safetensors file holds them, in pieces of at most CHUNK."""
+        """The bytes as a safetensors file holds them, in pieces of CHUNK and a last one that may be shorter."""
 
     def blocks(self) -> Iterator[Callable[[], bytes | memoryview]]:
         """The same bytes in order as pieces of work, each of which may run in another thread. Stepping costs next to nothing."""
@@ -90,9 +90,10 @@ class LazyTensor(ABC):
 class ByteFile:
     """A file opened once for positional reads; closed with its last user."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """descriptor: of a file that is open already, and is this object's from now on."""
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) if descriptor is None else descriptor
 
     def read(self, offset: int, size: int) -> bytes:
         pieces: list[bytes] = []
@@ -160,7 +161,7 @@ class BytesTensor(LazyTensor):
         return tensor_from_bytes(self.data, self.dtype, self.shape)
 
     def chunks(self) -> Iterator[bytes]:
-        yield self.data
+        yield from (self.data[start : start + CHUNK] for start in range(0, len(self.data), CHUNK))
 
 
 class ReshapedTensor(LazyTensor):
@@ -238,4 +239,4 @@ def same_bytes(first: LazyTensor, second: LazyTensor) -> bool:
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return b"".join(first.chunks()) == b"".join(second.chunks())
+    return all(mine == theirs for mine, theirs in zip(first.chunks(), second.chunks(), strict=True))

@@ -207,18 +207,23 @@ def test_a_wrong_bias(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------------- defects of what is written
 
 
-def corrupted(monkeypatch: pytest.MonkeyPatch, key: str, change: Callable[[bytearray], bytearray], file: str = "") -> None:
-    """The bytes of a tensor in the finished file (of a folder: in `file`) replaced before anything looks at them."""
+def damaged(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """The finished file or folder changed before anything looks at it."""
     original = operation.write_checkpoint
 
     def write(*arguments: Any, check: Callable[[Path], None], **options: Any) -> Any:
-        def damaged(path: Path) -> None:
-            overwrite(path / file if file else path, key, change)
+        def checked(path: Path) -> None:
+            change(path)
             check(path)
 
-        return original(*arguments, check=damaged, **options)
+        return original(*arguments, check=checked, **options)
 
     monkeypatch.setattr(operation, "write_checkpoint", write)
+
+
+def corrupted(monkeypatch: pytest.MonkeyPatch, key: str, change: Callable[[bytearray], bytearray], file: str = "") -> None:
+    """The bytes of a tensor in the finished file (of a folder: in `file`) replaced."""
+    damaged(monkeypatch, lambda path: overwrite(path / file if file else path, key, change))
 
 
 def overwrite(path: Path, key: str, change: Callable[[bytearray], bytearray]) -> None:

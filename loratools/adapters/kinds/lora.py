@@ -132,7 +132,9 @@ class Lora(Scaled):
     # --- row moves ---------------------------------------------------------------------------------------------------
 
     def rows_between(self, start: int, stop: int) -> Self:
-        """Output rows start..stop with every other factor as it is."""
+        """Output rows start..stop with every other factor as it is; those of an embedding's table are columns of its down."""
+        if self.embedding:
+            return self.with_factors({**self.factors, "embedding_down": fac.columns(self.factors["embedding_down"], start, stop)})
         cut = {role: fac.rows(self.factors[role], start, stop) for role in ("up", *ROW_ROLES) if role in self.factors}
         return self.with_factors({**self.factors, **cut})
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loratools.adapters import factors
 from loratools.adapters.adapter import Module, NotExact, RowDelta
 from loratools.errors import LoraToolsError, NotFiniteError
-from loratools.mapping.bases import Base
+from loratools.mapping.bases import Base, Place
 from loratools.operations.merging.placing import Region, Term
 from loratools.operations.merging.storage import Once, ScaledStorage, Storage
 from loratools.tensors.finite import first_not_finite
@@ -26,8 +26,8 @@ from loratools.tensors.rounding import float_format
 if TYPE_CHECKING:
     import torch
 
+BLOCK = 1 << 19  # elements computed at a time: small enough for a processor's cache, and for a dozen float64 copies
 UNSURE = 2.0**-21  # error of a sum in float32 that is four times what is usual, relative to Σ |products| + |W|
-BLOCK = 1 << 19  # elements computed at a time: small enough for a processor's cache
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def whole_delta(term: Term, region: Region, base: Base) -> torch.Tensor:
         delta = term.module.delta_at(term.weight, shape if term.module.linear else factors.exact(weight))
     else:
         delta = _own_rows(term, term.entry.module.delta_at(term.weight, factors.exact(base.of(term.entry))))
-    delta = _halves_swapped(delta) if region.place.swapped else delta
+    delta = halves_swapped(delta) if region.place.swapped else delta
     return delta.t().contiguous() if region.place.transposed else delta
 
 
@@ -118,16 +118,17 @@ def bias_delta(region: Region, base: Base) -> torch.Tensor:
             change = None if change is None else _own_rows(term, change)
         if change is not None:
             total += change * term.weight
-    return _halves_swapped(total) if region.place.swapped else total
+    return halves_swapped(total) if region.place.swapped else total
 
 
 def _own_rows(term: Term, whole: torch.Tensor) -> torch.Tensor:
     """The site's rows of what was computed for its entry, in the site's order."""
-    whole = _halves_swapped(whole) if term.entry.swapped else whole
+    whole = halves_swapped(whole) if term.entry.swapped else whole
     return whole[term.start : term.stop] if len(term.entry.sites) > 1 else whole
 
 
-def _halves_swapped(tensor: torch.Tensor) -> torch.Tensor:
+def halves_swapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The two halves of the rows exchanged."""
     return tensor.roll(tensor.shape[0] // 2, 0)
 
 
@@ -163,15 +164,17 @@ class MergedTensor(LazyTensor):
         view: memoryview = self._block(start, stop, delta).contiguous().reshape(-1).view(torch.uint8).numpy().data
         return view
 
-    def _bounds(self) -> Iterator[tuple[int, int, Once[RowDelta]]]:
-        """Blocks of whole rows; all of them share the factors, which are read by the first and forgotten after the last."""
+    def _bounds(self, step: int = 1) -> Iterator[tuple[int, int, Once[RowDelta]]]:
+        """Blocks of a multiple of `step` rows; all share the factors, which the first of them reads and the last forgets."""
         delta = Once(self._delta)
-        height = self.shape[0] if self.shape else 1
-        columns = max(math.prod(self.shape[1:]), 1)
-        step = self.storage.row_step
-        rows = max(BLOCK // columns // step * step, step)
-        for start in range(0, height, rows):
-            yield start, min(start + rows, height), delta
+        for start, stop in self.between(0, self.shape[0] if self.shape else 1, step):
+            yield start, stop, delta
+
+    def between(self, start: int, stop: int, step: int = 1) -> Iterator[tuple[int, int]]:
+        """Rows start..stop in blocks of about BLOCK elements, of a multiple of `step` rows."""
+        rows = max(BLOCK // max(math.prod(self.shape[1:]), 1) // step, 1) * step
+        for first in range(start, stop, rows):
+            yield first, min(first + rows, stop)
 
     def _delta(self) -> RowDelta:
         """Σ of all terms over the tensor's rows; rows no region covers stay."""
@@ -189,7 +192,7 @@ class MergedTensor(LazyTensor):
             """ΔW of rows start..stop; `rows` are those of W, (stop - start, columns)."""
             total: torch.Tensor | None = None
             for region, deltas in ready:
-                first, last = max(start, region.place.start), min(stop, self.end_of(region))
+                first, last = max(start, region.place.start), min(stop, self.end_of(region.place))
                 if first >= last:
                     continue
                 mine = rows[first - start : last - start]
@@ -213,7 +216,7 @@ class MergedTensor(LazyTensor):
 
         total = torch.zeros(rows.numel(), dtype=torch.float64)
         for region, deltas in ready:
-            mine = ((rows >= region.place.start) & (rows < self.end_of(region))).nonzero().flatten()
+            mine = ((rows >= region.place.start) & (rows < self.end_of(region.place))).nonzero().flatten()
             for delta in deltas if mine.numel() else ():
                 if delta.entries is not None:
                     total[mine] += delta.entries(rows[mine] - region.place.start, columns[mine])
@@ -230,10 +233,10 @@ class MergedTensor(LazyTensor):
                     reach[region.place.start : region.place.start + delta.reach.numel()] += delta.reach
         return reach
 
-    def end_of(self, region: Region) -> int:
-        """Where a region ends: with the tensor where that has grown."""
-        grown = self.shape and region.place.stop == self.base.tensors[region.place.key].shape[0]
-        return self.shape[0] if grown else region.place.stop
+    def end_of(self, place: Place) -> int:
+        """Where the rows of a place end: with the tensor where that has grown."""
+        grown = self.shape and place.stop == self.base.tensors[place.key].shape[0]
+        return self.shape[0] if grown else place.stop
 
     def _summed(self, start: int, stop: int, delta: RowDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(W, Δ, W + Δ) of rows start..stop, each (rows, columns), in the working dtype."""
@@ -261,16 +264,16 @@ class MergedTensor(LazyTensor):
             exact = wide[rows, columns].to(torch.float64) + delta.entries(rows + start, columns)
             total[rows, columns] = exact.to(total.dtype)
 
-    def _summing(self) -> Callable[[int, int], torch.Tensor]:
-        delta = self._delta()
-        return lambda start, stop: self._summed(start, stop, delta)[2]
+    def _summing(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        for start, stop, delta in self._bounds(self.storage.row_step):
+            yield start, stop, self._summed(start, stop, delta())[2]
 
     def _block(self, start: int, stop: int, delta: Once[RowDelta]) -> torch.Tensor:
         wide, change, total = self._summed(start, stop, delta() if self.regions else _NOTHING)
         stored = self.storage.write(total, start)
         back = self.storage.decode(stored, start)
         moved = back - wide
-        sums = Sums(_dot(moved, change), _dot(change, change), _square(moved.sub_(change)))
+        sums = Sums(dot(moved, change), dot(change, change), _square(moved.sub_(change)))
         if not math.isfinite(sums.kept + sums.delta + sums.lost):
             self._diagnose(wide, change, back)
             sums = Sums(*(float(value) for value in _wide_sums(back, wide, change)))
@@ -305,16 +308,17 @@ def _same(name: str, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return delta.reshape(rows.shape)
 
 
-def _dot(first: torch.Tensor, second: torch.Tensor) -> float:
+def dot(first: torch.Tensor, second: torch.Tensor) -> float:
+    """⟨first, second⟩ over all entries, in their own dtype."""
     return float(first.reshape(-1).dot(second.reshape(-1)))
 
 
 def _square(tensor: torch.Tensor) -> float:
-    return _dot(tensor, tensor)
+    return dot(tensor, tensor)
 
 
 def _wide_sums(back: torch.Tensor, wide: torch.Tensor, change: torch.Tensor) -> tuple[float, float, float]:
     import torch
 
     moved, delta = back.to(torch.float64) - wide.to(torch.float64), change.to(torch.float64)
-    return _dot(moved, delta), _square(delta), _square(moved - delta)
+    return dot(moved, delta), _square(delta), _square(moved - delta)

@@ -7,12 +7,13 @@ add to them. Problems are collected, never raised one by one: unmatched keys, sh
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapters.adapter import Adapter, Entry, Module, NotExact, Site
+from loratools.adapters.adapter import BIAS_ROLES, Adapter, Entry, Module, NotExact, Site
 from loratools.adapters.kinds import Dense, Replacement
 from loratools.errors import LoraToolsError
 from loratools.mapping.architectures import Architecture
@@ -148,7 +149,7 @@ def _place(term: Term, base: Base, placement: Placement) -> None:
         placement.unmatched += [f"{term.given.name}: {key}: {_nearest(term.site, base)}" for key in _keys(term)]
         return
     if module.needs_bias and bias is None:
-        keys = ", ".join(key for role, key in term.entry.keys.items() if role in ("bias", "diff_b", "b_norm", "set_bias"))
+        keys = ", ".join(key for role, key in term.entry.keys.items() if role in BIAS_ROLES)
         placement.problems.append(f"{where}: the adapter changes a bias ({keys}), this layer of the base has none")
         return
     if weight is not None:
@@ -213,20 +214,17 @@ def _beside(term: Term) -> list[Module]:
 
 
 def misfit(module: Module, region: tuple[int, ...]) -> str | None:
-    """Compare shapes: equal but for kernel axes of size 1 (a 1x1 convolution is a matrix); nothing is broadcast."""
+    """Compare shapes: equal, but that a 1x1 convolution may be a matrix; nothing is broadcast."""
     shape = module.shape
     told = f"the adapter changes a weight of shape {_shown(shape)}, the base has {_shown(region)}"
     if len(region) == 1:
         return None if shape[0] in (None, region[0]) and all(size in (None, 1) for size in shape[1:]) else told
     if len(shape) < 2 or shape[0] not in (None, region[0]):
         return told
-    kernel, wanted = ([size for size in sizes[2:] if size != 1] for sizes in (shape, region))
-    if shape[1] in (None, region[1]) and (kernel == wanted or None in shape):
+    same = shape[2:] == region[2:] if len(shape) == len(region) else {*shape[2:], *region[2:]} <= {1}
+    if shape[1] in (None, region[1]) and (same or None in shape):
         return None
-    columns = 1
-    for size in region[1:]:
-        columns *= size
-    return None if module.kind in _FLATTENED and len(shape) == 2 and shape[1] == columns else told
+    return None if module.kind in _FLATTENED and len(shape) == 2 and shape[1] == math.prod(region[1:]) else told
 
 
 def _shown(shape: Sequence[int | None]) -> str:

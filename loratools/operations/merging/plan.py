@@ -80,7 +80,7 @@ def prepare(
     try:
         source = open_source(base)
         layout = layout_of(source)
-        config = _config_of(source)
+        config = config_of(source)
         settings = None if config is None else json_object(config)
         scaled = scaled_weights(source.tensors, settings, source.metadata)
     except LoraToolsError as error:
@@ -169,7 +169,7 @@ def _beside_problems(base: Path, output: Path, beside: Sequence[Path]) -> list[L
     return found
 
 
-def _config_of(source: TensorSource) -> Path | None:
+def config_of(source: TensorSource) -> Path | None:
     """The config.json of a model folder (not of a pipeline)."""
     folder = source.path if source.path.is_dir() else source.path.parent
     path = folder / "config.json"

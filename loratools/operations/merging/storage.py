@@ -6,14 +6,14 @@ W is read in the working dtype (float32, float64 where input or output hold floa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from loratools.tensors.dtypes import torch_dtype
 from loratools.tensors.lazy import ComputedTensor, LazyTensor
-from loratools.tensors.quantised import ScaledWeight, dequantised, joined_peaks, peak, quantised, row_step, scale_for, scale_rows
 from loratools.tensors.rounding import rounded
+from loratools.tensors.scaled import ScaledWeight, dequantised, joined_peaks, peak, quantised, row_step, scale_at, scale_for, scale_rows
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Rounding:
 
 
 class Storage:
-    """A tensor's values in place. dtype, shape: of the output; row_step: blocks must start at multiples of it."""
+    """A tensor's values in place. dtype, shape: of the output; row_step: blocks that are summed start at multiples of it."""
 
     row_step = 1
 
@@ -55,6 +55,11 @@ class Storage:
         import torch
 
         return torch.float64 if "F64" in (self.dtype, self.tensor.dtype) else torch.float32
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The tensors of the output that hold these values."""
+        return (self.name,)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of W; zeros where the output is larger than the base's tensor."""
@@ -96,10 +101,10 @@ class Storage:
 class ScaledStorage(Storage):
     """fp8 codes with a scale beside them: W = codes · scale. The new scale needs the largest |W'| first, so W' is computed twice.
 
-    summing: makes the function that computes W + Δ of rows start..stop; set by the tensor that owns this storage.
+    summing: computes (start, stop, W + Δ of these rows), block by block; set by the tensor that owns this storage.
     """
 
-    summing: Callable[[], Callable[[int, int], torch.Tensor]]
+    summing: Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
 
     def __init__(self, name: str, tensor: LazyTensor, scaled: ScaledWeight, scale: LazyTensor, rounding: Rounding) -> None:
         super().__init__(name, tensor, tensor.dtype, tensor.shape, rounding)
@@ -108,33 +113,33 @@ class ScaledStorage(Storage):
         self.scale_tensor: LazyTensor = ComputedTensor(scale.dtype, scale.shape, self.new)
 
     def _new_scale(self) -> torch.Tensor:
-        step = max((1 << 19) // max(self.tensor.numel // self.shape[0], 1) // self.row_step, 1) * self.row_step
-        summed, peaks = self.summing(), []
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
-            values = summed(start, stop).reshape(stop - start, *self.shape[1:])
-            peaks.append(peak(values, scale_rows(self.scaled, self.old(), start, stop), self.scaled.block))
+        peaks = []
+        for start, stop, values in self.summing():
+            shaped = values.reshape(stop - start, *self.shape[1:])
+            peaks.append(peak(shaped, scale_rows(self.scaled, self.old(), start, stop), self.scaled.block))
         return scale_for(joined_peaks(self.scaled, peaks), self.old(), self.dtype)
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        return self.name, self.scaled.scale
+
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return dequantised(self.tensor.load_rows(start, stop), self._rows(self.old(), start, stop), self.scaled.block)
+        return dequantised(self.tensor.load_rows(start, stop), *scale_at(self.scaled, self.old(), start, stop))
 
     def write(self, values: torch.Tensor, start: int) -> torch.Tensor:
         stop = start + values.shape[0]
         shaped = values.reshape(stop - start, *self.shape[1:])
-        return quantised(shaped, self._rows(self.new(), start, stop), self.dtype, self.scaled.block, **self._options(start))
+        scale, block = scale_at(self.scaled, self.new(), start, stop)
+        return quantised(shaped, scale, self.dtype, block, **self._options(start))
 
     def decode(self, stored: torch.Tensor, start: int) -> torch.Tensor:
-        wide = dequantised(stored, self._rows(self.new(), start, start + stored.shape[0]), self.scaled.block)
+        wide = dequantised(stored, *scale_at(self.scaled, self.new(), start, start + stored.shape[0]))
         return wide.reshape(stored.shape[0], -1)
-
-    def _rows(self, scale: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return scale_rows(self.scaled, scale, start, stop)
 
     def reread(self, tensor: LazyTensor, beside: Mapping[str, LazyTensor], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         codes = tensor.load_rows(start, stop)
-        scale = self._rows(beside[self.scaled.scale].load(), start, stop)
-        unit = dequantised(torch.ones_like(codes, dtype=torch.float32), scale, self.scaled.block).to(torch.float64)
+        scale, block = scale_at(self.scaled, beside[self.scaled.scale].load(), start, stop)
+        unit = dequantised(torch.ones_like(codes, dtype=torch.float32), scale, block).to(torch.float64)
         return codes.to(torch.float64) * unit, unit
