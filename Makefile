@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint bench bench-merge docs
+.PHONY: setup demo test lint bench bench-merge bench-extract docs
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -35,6 +35,9 @@ bench: $(STAMP)
 
 bench-merge: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/merging.py
+
+bench-extract: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/extracting.py
 
 docs: $(STAMP)
 	$(BIN)/python -m loratools.cli.reference docs

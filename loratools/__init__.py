@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from loratools.operations.combine import combine
     from loratools.operations.compare import compare
     from loratools.operations.convert import convert
+    from loratools.operations.extract import extract
     from loratools.operations.inspect import inspect
     from loratools.operations.merge import merge
+    from loratools.operations.rescale import rescale_alpha
+    from loratools.operations.resize import resize
     from loratools.operations.save import load
 
 __version__ = VERSION
@@ -33,9 +36,12 @@ _PUBLIC = {
     "compare": ("loratools.operations.compare", "compare"),
     "merge": ("loratools.operations.merge", "merge"),
     "combine": ("loratools.operations.combine", "combine"),
+    "extract": ("loratools.operations.extract", "extract"),
+    "resize": ("loratools.operations.resize", "resize"),
+    "rescale_alpha": ("loratools.operations.rescale", "rescale_alpha"),
 }
 
-__all__ = ["__version__", "combine", "compare", "convert", "inspect", "load", "merge"]
+__all__ = ["__version__", "combine", "compare", "convert", "extract", "inspect", "load", "merge", "rescale_alpha", "resize"]
 
 
 def __getattr__(name: str) -> Any:

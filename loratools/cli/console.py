@@ -132,6 +132,12 @@ def size(number: int | float) -> str:
     return f"{amount:.1f} TiB"
 
 
+def cost(result: Mapping[str, Any]) -> str:
+    """What a long command took: "12.3 s, peak memory 340 MB"."""
+    memory = "" if result["peak_rss_mb"] is None else f", peak memory {number(result['peak_rss_mb'])} MB"
+    return f"{number(result['seconds'])} s{memory}"
+
+
 def file_size(path: Path) -> int | None:
     """Bytes of a file or of all files of a folder; None where it cannot be told."""
     try:

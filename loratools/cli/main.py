@@ -13,7 +13,8 @@ import click
 from loratools.cli.run import run
 from loratools.version import VERSION
 
-ABOUT = "Inspect, convert, compare, combine and merge LoRA adapters of any dialect."  # the first words of README and docs too
+# the first words of README and docs too
+ABOUT = "Inspect, convert, compare, combine, merge, extract, resize and rescale LoRA adapters of any dialect."
 
 
 class Entry(NamedTuple):
@@ -30,6 +31,9 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry("compare", "Tell whether two adapters are the same function."),
     "combine": Entry("combine", "Write the weighted sum of adapters as one adapter."),
     "merge": Entry("merge", "Merge adapters into a base checkpoint."),
+    "extract": Entry("extract", "Write what a tuned model has that its base has not, as a LoRA."),
+    "resize": Entry("resize", "Write an adapter at smaller ranks."),
+    "rescale-alpha": Entry("rescale_alpha", "Change an adapter's alpha, its strength, or fold its scale."),
     "metadata": Entry("metadata", "Print or edit the metadata of a file; tensor bytes stay as they are."),
     "formats": Entry("formats", "List the dialects, architectures and kinds, and what converts exactly."),
     "env": Entry("env", "Print what a bug report needs."),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loratools.cli import options
-from loratools.cli.console import Output, number, size
+from loratools.cli.console import Output, cost, number, size
 from loratools.cli.options import PATH, WEIGHTED, command
 from loratools.errors import counted
 
@@ -80,8 +80,7 @@ def show(output: Output, result: dict[str, Any], rounding: str) -> None:
         output.say(f"plan: {counted(result['plan']['tensors'], 'tensor')}, {size(result['plan']['bytes'])}")
         output.say(f"would write {result['output']}")
         return
-    memory = "" if result["peak_rss_mb"] is None else f", peak memory {number(result['peak_rss_mb'])} MB"
-    output.say(f"wrote {result['output']} in {number(result['seconds'])} s{memory}")
+    output.say(f"wrote {result['output']} in {cost(result)}")
 
 
 def _rounding(output: Output, result: dict[str, Any], rounding: str) -> None:

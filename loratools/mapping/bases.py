@@ -30,22 +30,26 @@ _NAME = re.compile(r"[^a-z0-9]+")
 def architecture_of_base(source: TensorSource) -> Architecture:
     """An architecture whose only table is the base's own module names: any model works.
 
-    A module is whatever has a `.weight` of two dimensions or more; prefixes of known checkpoint layouts are taken off. Names
-    are the same in every dialect; only flattening, prefixes and suffixes differ. Raises UnknownError for a file without weights.
+    A module is whatever has a `.weight`; a tensor that is neither weight nor bias is a bare parameter. Prefixes of known checkpoint
+    layouts are taken off. Names are the same in every dialect; only flattening, prefixes and suffixes differ. Raises UnknownError
+    for a file without weights.
     """
     rows: dict[str, Row] = {}
+    parameters: dict[str, Row] = {}
     for key, tensor in source.tensors.items():
         name, _, leaf = key.rpartition(".")
+        prefix = next((row[0] for row in PREFIXES if row[1] != "hf" and key.startswith(row[0])), "")
+        if leaf not in ("weight", "bias"):
+            parameters[key[len(prefix) :]] = Row(key[len(prefix) :], (key[len(prefix) :],), layer="parameter")
         if leaf != "weight" or not tensor.shape:
             continue
-        prefix = next((row[0] for row in PREFIXES if row[1] != "hf" and key.startswith(row[0])), "")
         bare = name[len(prefix) :]
         layer = {1: "norm", 2: "linear"}.get(len(tensor.shape), "conv")
         in_ = str(tensor.shape[1]) if len(tensor.shape) > 1 else ""
         rows[bare] = Row(bare, (bare,), (str(tensor.shape[0]),), in_, layer, tensor.shape[2:])
     if not rows:
         raise UnknownError(f"{source.path}: no weights to take module names from")
-    table = Table(source.path.stem, tuple(rows.values()))
+    table = Table(source.path.stem, tuple({**parameters, **rows}.values()))
     prefixes = {
         "kohya": ("lora_unet_", "lora_te_"),
         "lycoris": ("lycoris_",),
@@ -118,6 +122,11 @@ _EMBEDDINGS = (
     "transformer.tokens_embed",
     "model.tok_embeddings",
 )
+
+# The last part of the name of any embedding, those of positions and segments included.
+_LOOKUPS = frozenset({name.rpartition(".")[2] for name in _EMBEDDINGS}) | {
+    "wpe", "embed_positions", "position_embeddings", "positions_embed", "token_type_embeddings",
+}  # fmt: skip
 
 # transformers' models of Conv1D layers, and those layers
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt2_double_heads", "clvp"})
@@ -235,6 +244,10 @@ class Base:
                     matches = [match for namespace in namespaces for match in component.table.by_name(namespace, name)]
                     paths = [name] if self.architecture.open_names else [path for match in matches for path in match.sites]
                     yield role, [Site(component.name, path) for path in paths]
+
+    def looks_up(self, site: Site) -> bool:
+        """Is a language model's module an embedding, by its name?"""
+        return self.architecture.open_names and site.path.rpartition(".")[2] in _LOOKUPS
 
     def conv1d(self, site: Site) -> bool | None:
         """Is a layer transformers' Conv1D, whose weight is stored (in, out)? None where nothing tells the model's type."""

@@ -27,7 +27,7 @@ from loratools.tensors.metadata import base_model_hint
 # Module names of transformers language models (llama, gpt2, gpt-neox, opt and their kin).
 _LLM = re.compile(
     r"^(?:base_model\.model\.)?(?:(?:model|language_model|transformer|gpt_neox|decoder|backbone)\.)*"
-    r"(?:(?:layers|h)\.\d+\.|(?:lm_head|embed_out|embed_in|embed_tokens|word_embeddings|tokens_embed|embeddings|wte|score|norm|ln_f|final_layer_?norm)$)"
+    r"(?:(?:layers|h)\.\d+\.|(?:lm_head|embed_out|embed_in|embed_tokens|word_embeddings|tokens_embed|embeddings|wte|wpe|embed_positions|position_embeddings|positions_embed|token_type_embeddings|score|norm|ln_f|final_layer_?norm)$)"
 )
 
 

@@ -53,6 +53,16 @@ def metadata_for(adapter: Adapter, architecture: Architecture, plan: Plan, *, ve
     return {**carried, **dict(sorted((key, value) for key, value in new.items() if key not in carried))}
 
 
+def new_metadata(adapter: Adapter, architecture: Architecture, plan: Plan, *, version: str) -> dict[str, str]:
+    """The header of an adapter that comes from no file: what its dialect's readers look for."""
+    found = {"format": "pt", _OWN + "architecture": architecture.name, _OWN + "dialect": plan.dialect.name, _OWN + "version": version}
+    if plan.dialect.alpha == "header":
+        found["lora_adapter_metadata"] = lora_adapter_metadata(plan.configs)
+    if plan.dialect.hashes:
+        found |= {**_network(plan, architecture), **_minimum(architecture, adapter)}
+    return dict(sorted(found.items()))
+
+
 def _lineage(adapter: Adapter, architecture: Architecture, plan: Plan, version: str) -> dict[str, str]:
     """Where the output came from: dialect, architecture, spelling, and the base name of the source."""
     found = {

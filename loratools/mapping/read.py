@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry, Form, Module, Site
-from loratools.errors import AmbiguousError, InputError, UnknownError, UnsupportedError, UsageError
+from loratools.errors import AmbiguousError, InputError, UnknownError, UnsupportedError, UsageError, counted
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, registry
 from loratools.mapping.bases import architecture_of_base
@@ -149,7 +149,8 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
         raise UnsupportedError(f"{path.name}: {foreign[0]}", details=foreign[1:])
     if not is_adapter(reading.source, detection):
         some = adapter_keys(detection)
-        what = f"{len(some)} adapter keys among {len(reading.source.tensors)} tensors: a checkpoint" if some else "no adapter keys"
+        among = f"{counted(len(some), 'adapter key')} among {counted(len(reading.source.tensors), 'tensor')}"
+        what = f"{among}: a checkpoint" if some else "no adapter keys"
         raise UnknownError(f"{path.name}: {what}", details=_sample(some or list(reading.source.tensors)), fix=f"loratools inspect {path}")
     if reading.adapter is None or detection.best is None:
         raise UnknownError(
@@ -167,7 +168,7 @@ def checked(reading: Reading, *, allow_unknown: bool = False) -> Adapter:
     errors = [finding for finding in reading.errors if not (allow_unknown and finding.code == "unknown-key")]
     if errors:
         raise InputError(
-            f"{path.name}: {len(errors)} problem{'s' * (len(errors) > 1)}",
+            f"{path.name}: {counted(len(errors), 'problem')}",
             details=[finding.message for finding in errors],
             fix=_fix(errors),
         )
@@ -369,7 +370,8 @@ class _Reader:
         if self.assumed and self.best.dialect == "peft" and self.alpha is None:
             self._warn(
                 "alpha-assumed",
-                f"{self.assumed} modules record no alpha (PEFT keeps it in adapter_config.json): scale 1 is assumed; --alpha A settles it",
+                f"no alpha recorded for {counted(self.assumed, 'module')} (PEFT keeps it in adapter_config.json): "
+                "scale 1 is assumed; --alpha A settles it",
             )
         if self.alpha is not None and not self.settled:
             raise UsageError("--alpha is for a file that records none; this one records its own", fix="leave --alpha out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry, Form, Module, NotExact, Site
 from loratools.adapters.kinds import Dense
-from loratools.errors import UnsupportedError
+from loratools.errors import UnsupportedError, counted
 from loratools.mapping import peft_config
 from loratools.mapping.architectures import Architecture, Component
 from loratools.mapping.baking import approximated, baked
@@ -143,7 +143,7 @@ class _Writer:
                     modules.append(written)
         if self.refusals:
             raise UnsupportedError(
-                f"{len(self.refusals)} module{'s' * (len(self.refusals) > 1)} cannot be written as {self.dialect.name}",
+                f"{counted(len(self.refusals), 'module')} cannot be written as {self.dialect.name}",
                 details=self.refusals,
                 fix=self._fix(),
             )

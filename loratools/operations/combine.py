@@ -29,11 +29,11 @@ from loratools.operations.combining.result import Job, merged_from, record, told
 from loratools.operations.combining.similarity import gram
 from loratools.operations.combining.sparsify import DENSITY
 from loratools.operations.combining.units import Target, entry_of, one_kind, with_module
+from loratools.operations.finite import check_finite
 from loratools.operations.inputs import read_together
 from loratools.operations.save import write_adapter
 from loratools.report import Report
 from loratools.tensors.dtypes import dtype_named
-from loratools.tensors.finite import first_not_finite
 from loratools.tensors.lazy import LazyTensor, same_bytes
 from loratools.tensors.metadata import lora_adapter_metadata
 from loratools.tensors.writer import check_output, output_problems
@@ -170,7 +170,7 @@ def _run(job: Job, out: Path, force: bool, dry_run: bool) -> dict[str, Any]:
     check_output(out, [path for path, _ in job.given], force, nbytes)
     if dry_run:
         return {**told(job, out, planned), "plan": {"tensors": len(tensors), "bytes": nbytes}}
-    _check_finite(job)
+    check_finite([(item.name, job.readings[item.position].source) for item in job.inputs], job.threads)
     done = list(in_parallel(lambda item: _computed(job, *item), list(zip(job.units, made, strict=True)), job.threads))
     if job.recipe.shrinks:
         adapter, planned = _planned(job, [entries for entries, _ in done])
@@ -229,16 +229,6 @@ def _planned(job: Job, made: Sequence[Made]) -> tuple[Adapter, Plan]:
     metadata = {key: text for key, text in first.metadata.items() if key != ALPHA or job.verbatim}
     adapter = first.replace(entries=tuple(entries), residue=job.residue, metadata=metadata, dims=job.target.dims)
     return adapter, plan(adapter, job.target.architecture, job.target.dialect.name)
-
-
-def _check_finite(job: Job) -> None:
-    """Raise InputError that names every tensor of the inputs with NaN or Inf."""
-    used = [(item.name, key, tensor) for item in job.inputs for key, tensor in job.readings[item.position].source.tensors.items()]
-    marks = in_parallel(lambda item: first_not_finite(item[2]), used, job.threads)
-    found = [f"{name}: {key}" for (name, key, _), bad in zip(used, marks, strict=True) if bad]
-    if found:
-        fix = "loratools inspect --check names every such tensor"
-        raise InputError(f"NaN or Inf in {counted(len(found), 'tensor')}", details=found, fix=fix)
 
 
 def _write(job: Job, adapter: Adapter, planned: Plan, out: Path, force: bool) -> None:

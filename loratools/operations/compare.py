@@ -19,7 +19,7 @@ from loratools.adapters import algebra
 from loratools.adapters.adapter import Adapter, Entry, Module, NotExact, Site
 from loratools.adapters.factors import exact
 from loratools.adapters.kinds import Dense, Dora, Lora
-from loratools.errors import InputError
+from loratools.errors import InputError, counted
 from loratools.operations.inputs import read_together
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _overlaps(ours: _Parts, theirs: _Parts) -> dict[Site, _Overlap]:
         except _Incomparable as error:
             problems.append(f"{site}: {error}")
     if problems:
-        raise InputError(f"{len(problems)} sites of the two files cannot be compared", details=problems)
+        raise InputError(f"{counted(len(problems), 'site')} of the two files cannot be compared", details=problems)
     return found
 
 

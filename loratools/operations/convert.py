@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapters.adapter import Adapter, Entry
-from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, worst
+from loratools.errors import InputError, LoraToolsError, NotFiniteError, UsageError, counted, worst
 from loratools.mapping.architectures import Architecture
 from loratools.mapping.bases import Base
 from loratools.mapping.dialects import DIALECTS, dialect_named
@@ -136,7 +136,7 @@ def _residue(adapter: Adapter, target: str, unknown: str, report: Report) -> Non
     undecided = [key for key in adapter.residue if key not in report.dropped and key not in report.kept]
     if undecided:
         raise InputError(
-            f"{len(undecided)} tensors have no place in {target}",
+            f"no place in {target} for {counted(len(undecided), 'tensor')}",
             details=undecided,
             fix="--keep-unknown carries them along as they are, --drop-unknown leaves them out",
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import InputError, UnsupportedError, UsageError
+from loratools.errors import InputError, UnsupportedError, UsageError, counted
 from loratools.tensors.metadata import private_values, strip_private
 from loratools.tensors.reader import TensorSource, open_source
 from loratools.tensors.writer import check_output, rewrite_metadata
@@ -65,7 +65,7 @@ def _edited(source: TensorSource, set: Mapping[str, str], unset: Sequence[str], 
     problems = [_missing(source.metadata, key) for key in dict.fromkeys(unset) if key not in source.metadata]
     problems += [f"{key}: no valid Unicode text" for key, value in set.items() if not _is_text(key + value)]
     if problems:
-        count = f"{len(problems)} edit{'s' * (len(problems) > 1)}"
+        count = f"{counted(len(problems), 'edit')}"
         raise InputError(f"{source.path}: {count} cannot be made", details=problems, fix=f"loratools metadata {source.path}")
     kept = without_private(source.metadata) if strip else dict(source.metadata)
     return {**{key: value for key, value in kept.items() if key not in unset}, **set}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loratools.adapters.adapter import Adapter
-from loratools.errors import UnsupportedError
+from loratools.errors import UnsupportedError, counted
 from loratools.mapping.architectures import Architecture
-from loratools.mapping.headers import metadata_for
+from loratools.mapping.headers import metadata_for, new_metadata
 from loratools.mapping.read import analyse, checked
 from loratools.mapping.write import Plan, plan
 from loratools.tensors.finite import FiniteTensor
@@ -44,7 +44,7 @@ class LoadedAdapter(Adapter):
             raise UnsupportedError(f"{self.architecture} adapters are recognised, but not supported yet")
         made = plan(self, self.tables, target, plain=plain, keep_alpha=keep_alpha)
         if self.residue and target != self.dialect:
-            raise UnsupportedError(f"{len(self.residue)} tensors have no place in {target}", details=list(self.residue))
+            raise UnsupportedError(f"no place in {target} for {counted(len(self.residue), 'tensor')}", details=list(self.residue))
         check_output(out, [self.path] if self.path else [], force)
         write_adapter(self, self.tables, made, {**made.tensors, **self.residue}, out, force=force)
         return out
@@ -71,20 +71,22 @@ def write_adapter(
     *,
     force: bool = False,
     extra: Mapping[str, str] | None = None,
+    new: bool = False,
 ) -> None:
     """Write a plan's tensors (and residue after them) with the metadata that describes them, and `extra` over it.
 
-    Raises InputError on NaN or Inf.
+    new: the adapter comes from no file, whose header could be carried on. Raises InputError on NaN or Inf.
     """
     finite = {key: FiniteTensor(key, tensor) for key, tensor in tensors.items()}
     place = {key: position for position, key in enumerate(adapter.order)}
     if place.keys() >= finite.keys():  # the file's own keys: in the file's own order
         finite = dict(sorted(finite.items(), key=lambda item: place[item[0]]))
-    metadata = {**metadata_for(adapter, architecture, made, version=VERSION), **dict(sorted((extra or {}).items()))}
+    described = new_metadata if new else metadata_for
+    metadata = {**described(adapter, architecture, made, version=VERSION), **dict(sorted((extra or {}).items()))}
     if made.dialect.folder:
         _write_folder(out, made, finite, metadata, force=force)
     else:
-        stamp = "sshs_model_hash" in adapter.metadata or (made.dialect.hashes and adapter.dialect != made.dialect.name)
+        stamp = "sshs_model_hash" in adapter.metadata or (made.dialect.hashes and (new or adapter.dialect != made.dialect.name))
         write_safetensors(out, finite, metadata, force=force, stamp_hashes=stamp)
 
 

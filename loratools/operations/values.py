@@ -49,7 +49,7 @@ def _dead(adapter: Adapter) -> list[Finding]:
         else:
             alive += 1
     if dead and not alive:
-        return [Finding("error", "dead-adapter", None, f"all {len(dead)} modules have a zero factor: this adapter changes nothing")]
+        return [Finding("error", "dead-adapter", None, f"a zero factor in every module ({len(dead)}): this adapter changes nothing")]
     return [Finding("warning", "dead-module", site, f"{site}: a zero factor, the module changes nothing") for site in dead]
 
 

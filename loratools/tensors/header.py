@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loratools.errors import InputError, MalformedError
+from loratools.errors import InputError, MalformedError, counted
 from loratools.report import Finding
 from loratools.tensors.dtypes import DTYPES
 from loratools.tensors.lazy import ByteFile
@@ -301,7 +301,8 @@ class _Parser:
         payload = self.size - self.data_start
         if payload < expected:
             missing = expected - payload
-            self.problems.append(f"truncated, {missing} bytes missing: the header describes {expected}, the file holds {payload}")
+            told = f"truncated, {counted(missing, 'byte')} missing: the header describes {expected}, the file holds {payload}"
+            self.problems.append(told)
         elif payload > expected:
             self.problems.append(f"{payload - expected} bytes too many after the last tensor")
 
@@ -312,7 +313,7 @@ class _Parser:
             self._warn("unaligned-header", f"the payload starts at byte {self.data_start}, not at a multiple of 8")
         odd = [name for name, info in self.tensors.items() if info.start * 8 % DTYPES[info.dtype][0]]
         if odd:
-            message = f"{len(odd)} tensors do not start at a multiple of their element size, first {printable(odd[0])}"
+            message = f"{counted(len(odd), 'tensor')} not at a multiple of the element size, first {printable(odd[0])}"
             self._warn("misaligned", message, odd[0])
 
 

@@ -68,7 +68,7 @@ def read_pickle(path: Path | str) -> PickleContent:
     warnings = []
     if walk.extras:
         names = ", ".join(printable(name) for name in walk.extras[:10])
-        warnings.append(Finding("warning", "no-tensor", None, f"{len(walk.extras)} entries that are no tensors were left out: {names}"))
+        warnings.append(Finding("warning", "no-tensor", None, f"left out of the pickle what is no tensor ({len(walk.extras)}): {names}"))
     used = {ref.storage.key: ref.storage for ref in walk.refs.values()}
     return PickleContent(tensors, warnings, sum(_nbytes(storage) for storage in used.values()))
 

@@ -5,9 +5,12 @@ Everything is listed, nothing is raised: a user mends a command once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from loratools.adapters.algebra import Criterion
 from loratools.errors import LoraToolsError, UsageError
 from loratools.mapping.dialects import DIALECTS, Dialect, dialect_named
 from loratools.operations.combining.recompress import Recipe
@@ -18,12 +21,10 @@ PICKLES = (".ckpt", ".pt", ".bin")
 
 def usage_problems(given: Sequence[tuple[Path, float]], recipe: Recipe, density: float | None, to: str | None) -> Iterator[LoraToolsError]:
     """Everything that is wrong with the request itself."""
-    rank, energy, method, sparse = recipe.criterion.rank, recipe.criterion.energy, recipe.method, recipe.method in METHODS
+    yield from criterion_problems(recipe.criterion)
+    method, sparse = recipe.method, recipe.method in METHODS
     wrong = {
         f"unknown method {method!r}: sum, {', '.join(METHODS)}": method != "sum" and not sparse,
-        "--rank and --energy: one of them settles the rank": rank is not None and energy is not None,
-        f"--rank {rank}: expected 1 or more": rank is not None and rank < 1,
-        f"--energy {energy}: expected a share above 0, 1 at most": energy is not None and not 0 < energy <= 1,
         f"--density {density}: expected a share above 0, 1 at most": density is not None and not 0 < density <= 1,
         "--density is for ties and dare; a sum keeps everything": density is not None and method == "sum",
         f"--method {method} makes dense deltas: --rank N or --energy E says how large the factors may be": sparse and not recipe.shrinks,
@@ -39,6 +40,20 @@ def usage_problems(given: Sequence[tuple[Path, float]], recipe: Recipe, density:
             dialect_named(to)
         except UsageError as error:
             yield error
+
+
+def criterion_problems(criterion: Criterion) -> Iterator[LoraToolsError]:
+    """Numbers out of range, and several criteria where one settles the rank. Each field has the name of its option."""
+    rank, energy, error, ratio = criterion.rank, criterion.energy, criterion.error, criterion.ratio
+    asked = [f"--{name}" for name, value in asdict(criterion).items() if value is not None]
+    wrong = {
+        f"{' and '.join(asked)}: one of them settles the rank": len(asked) > 1,
+        f"--rank {rank}: expected 1 or more": rank is not None and rank < 1,
+        f"--energy {energy}: expected a share above 0, 1 at most": energy is not None and not 0 < energy <= 1,
+        f"--error {error}: expected a relative error of 0 or more, below 1": error is not None and not 0 <= error < 1,
+        f"--ratio {ratio}: expected a quotient of singular values of 1 or more": ratio is not None and not 1 <= ratio < math.inf,
+    }
+    yield from (UsageError(text) for text, holds in wrong.items() if holds)
 
 
 def form_problems(out: Path, dialect: Dialect) -> Iterator[LoraToolsError]:

@@ -39,10 +39,10 @@ def language_edits(placement: Placement, base: Base, config: Mapping[str, Any] |
     embedding = base.embedding
     if embedding is None:
         return edits
-    tied = _tied(base, config)
-    if HEAD_WEIGHT in placement.regions and HEAD_WEIGHT not in base.tensors and not tied:
+    shared = tied(base, config)
+    if HEAD_WEIGHT in placement.regions and HEAD_WEIGHT not in base.tensors and not shared:
         edits.problems.append(f"{HEAD_WEIGHT}: the base has no {HEAD}, and by its configuration none that shares {embedding}")
-    if tied and (embedding in placement.regions or HEAD_WEIGHT in placement.regions):
+    if shared and (embedding in placement.regions or HEAD_WEIGHT in placement.regions):
         if config is None:
             edits.problems.append(f"{embedding} is also the weight of {HEAD}: a single file has no config.json that could untie them")
         placement.regions.setdefault(HEAD_WEIGHT, [])
@@ -63,7 +63,7 @@ def language_edits(placement: Placement, base: Base, config: Mapping[str, Any] |
     return edits
 
 
-def _tied(base: Base, config: Mapping[str, Any] | None) -> bool:
+def tied(base: Base, config: Mapping[str, Any] | None) -> bool:
     """Does the head share the embedding's tensor, by the configuration, or where that says nothing by its absence?"""
     text = (config or {}).get("text_config")
     said = (config or {}).get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)

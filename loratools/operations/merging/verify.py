@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.adapter import Site
 from loratools.adapters.algebra import in_parallel
-from loratools.errors import CheckFailed
+from loratools.errors import CheckFailed, counted
 from loratools.operations.merging.arithmetic import MergedTensor
 from loratools.operations.merging.bounds import SiteCheck, SiteSums
 from loratools.operations.merging.expected import Before, Expected, Part, contributions
@@ -78,7 +78,7 @@ def verify_merge(plan: MergePlan, path: Path, made: Mapping[str, LazyTensor], th
     kept = list(in_parallel(partial(_check_gap, written), gaps, threads))
     failures += [str(check) for check in [*result.sites, *kept] if check.reason]
     if failures:
-        told = f"{path.name}: {len(failures)} checks of what was written did not hold; nothing was put in place"
+        told = f"{path.name}: {counted(len(failures), 'check')} of what was written did not hold; nothing was put in place"
         raise CheckFailed(told, details=failures)
     return result
 
