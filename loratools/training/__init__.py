@@ -1,0 +1,1 @@
+"""Training of adapters: the pure functions of a step, and what is built from them."""

@@ -1,0 +1,1 @@
+"""Training data: pictures and captions, aspect-ratio buckets, crops, captions' variants, the fingerprint and the cache."""
