@@ -2,13 +2,16 @@
 
 Two checkpoints of a published shape are made here (SD1.5 2.1 GB, SDXL 6.9 GB, float16). The tuned one differs in every matrix and
 convolution of UNet and text encoders by 128 directions of size i^-0.75 and noise beside them. An extraction at rank 32 is the whole
-command in a fresh process. Against it: `torch.linalg.svd(D, full_matrices=False)` in float32 on all cores, what sd-scripts does (with
-full matrices) and nothing else of it; one layer of each shape is timed and counts as often as the shape occurs. The errors of all
-modules are computed again here, in float64, from the three files. Of SDXL only time and memory are taken.
+command in a fresh process. Against it: `torch.linalg.svd(D, full_matrices=False)` in float32, what sd-scripts does (with full matrices)
+and nothing else of it; one layer of each shape is timed and counts as often as the shape occurs. The errors of all modules are
+computed again here, in float64, from the three files. Of SDXL only time and memory are taken.
 
 A resize takes a rank-64 LoRA of SDXL to rank 16, against forming and decomposing its products, and against PEFT's
-add_weighted_adapter, by a sample of the same kind. LyCORIS' extraction and PEFT take part where they are installed. Peak memory is
-the high-water mark that the operating system keeps for the process. Needs diffusers and twice the checkpoint in disk space.
+add_weighted_adapter, by a sample of the same kind. LyCORIS' extraction and PEFT take part where they are installed.
+
+Compared are seconds of processor time, those of a command over all its threads, those of a decomposition on one: a decomposition on
+several is no cheaper, and neighbours on the machine disturb neither. Peak memory is the high-water mark that the operating system
+keeps for the process. Needs diffusers, Linux, and twice the checkpoint in disk space.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +50,7 @@ RANK = 32
 SIGNAL, DECAY = 128, 0.75  # directions of a difference; the i-th is i^-0.75 of the first
 STEP, NOISE = 1e-3, 1e-4  # standard deviation of an entry: of all directions together, of the noise
 FROM, TO = 64, 16  # ranks of the resize
-MINUTE, BRIEF = 60.0, 30.0  # seconds up to which a command, and a step, is run three times
+MINUTE, BRIEF = 60.0, 5.0  # seconds up to which a command, and a step, is run three times
 LONGEST = 6144
 SIDES = {"up.weight": "down.weight", "B.weight": "A.weight"}
 PREFIXES = {"diffusion_model.": "model.diffusion_model.", "text_encoders.clip_l.transformer.": "cond_stage_model.transformer."}
@@ -95,24 +100,35 @@ def matrix(shape: tuple[int, ...]) -> Matrix:
 # ----------------------------------------------------------------------------------------------------------------------- jobs
 
 
-def command(*arguments: object) -> tuple[float, float, dict[str, Any]]:
-    """(seconds, peak MB, JSON object) of a whole command in a fresh process. Raises CalledProcessError.
+@dataclass(frozen=True)
+class Run:
+    """A whole command in a fresh process. cpu: seconds over all its threads; peak: MB; told: its JSON object."""
+
+    seconds: float
+    cpu: float
+    peak: float
+    told: dict[str, Any]
+
+
+def command(*arguments: object) -> Run:
+    """Raises CalledProcessError.
 
     The high-water mark is read while the process runs: what wait4 tells would begin with the memory of this one.
     """
     line = [sys.executable, "-m", "loratools", *map(str, arguments), "--json", "--quiet"]
     with tempfile.TemporaryFile() as told:
         start, peak = time.perf_counter(), 0.0
-        with subprocess.Popen(line, cwd=ROOT, stdout=told) as child:
-            while child.poll() is None:
-                peak = max(peak, high_water(child.pid))
-                time.sleep(0.02)
+        child = subprocess.Popen(line, cwd=ROOT, stdout=told)
+        while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+            peak = max(peak, high_water(child.pid))
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(ended[1])
         told.seek(0)
         text = told.read().decode()
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, line, text)
-    return seconds, peak, json.loads(text)
+    return Run(seconds, ended[2].ru_utime + ended[2].ru_stime, peak, json.loads(text))
 
 
 def high_water(process: int) -> float:
@@ -124,25 +140,33 @@ def high_water(process: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
-def repeated(runs: int, out: Path, *arguments: object) -> tuple[float, float, dict[str, Any]]:
-    """`runs` times where one is shorter than a minute: the median's seconds, the largest peak, the last JSON object."""
+def repeated(runs: int, out: Path, *arguments: object) -> Run:
+    """The median of `runs` where one is shorter than a minute, with the largest peak."""
     found = [command(*arguments, out, "--force")]
-    while found[0][0] < MINUTE and len(found) < runs:
+    while found[0].seconds < MINUTE and len(found) < runs:
         found.append(command(*arguments, out, "--force"))
-    return statistics.median(run[0] for run in found), max(run[1] for run in found), found[-1][2]
+    seconds, cpu = (statistics.median(times) for times in zip(*((run.seconds, run.cpu) for run in found), strict=True))
+    return Run(seconds, cpu, max(run.peak for run in found), found[-1].told)
+
+
+def costs(job: str, modules: int, nbytes: int, run: Run) -> dict[str, Any]:
+    """The first columns of a row."""
+    times = {"seconds": round(run.seconds, 1), "cpu_seconds": round(run.cpu, 1), "peak_mb": round(run.peak)}
+    return {"job": job, "modules": modules, "bytes": nbytes, **times, "relative_error": run.told["relative_error"]}
 
 
 def timed(job: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, what the job returns) of a step in this process: the best of three where one is brief.
+    """(processor seconds on one thread, what the job returns); the median of three where it is brief."""
+    import torch
 
-    The best and not the median: a decomposition on all cores suffers more from a neighbour than a command does.
-    """
+    torch.set_num_threads(1)
     seconds: list[float] = []
     while len(seconds) < 3 and (not seconds or seconds[0] < BRIEF):
-        start = time.perf_counter()
+        start = time.process_time()
         found = job()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), found
+        seconds.append(time.process_time() - start)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return statistics.median(seconds), found
 
 
 # --------------------------------------------------------------------------------------------------------------------- extract
@@ -152,31 +176,24 @@ def extraction(name: str, folder: Path, runs: int, shapes: Shapes, *, sampled: b
     """One pair, extracted: time and memory; with a sample of layers also what full decompositions take, and both errors."""
     base, other = pair(folder, name, shapes)
     out = folder / "difference.safetensors"
-    seconds, peak, told = repeated(runs, out, "extract", base, other, "--rank", RANK, "--to", "comfy")
-    row = {
-        "job": f"extract {name} at rank {RANK}",
-        "modules": told["modules"],
-        "bytes": 2 * base.stat().st_size,
-        "seconds": round(seconds, 1),
-        "peak_mb": round(peak),
-        "relative_error": told["relative_error"],
-    }
+    run = repeated(runs, out, "extract", base, other, "--rank", RANK, "--to", "comfy")
+    row = costs(f"extract {name} at rank {RANK}", run.told["modules"], 2 * base.stat().st_size, run)
     if sampled:
-        row |= quality(base, other, out, {key: matrix(shape) for key, shape in shapes.items() if tuned(key) and len(shape) > 1}, seconds)
+        row |= quality(base, other, out, {key: matrix(shape) for key, shape in shapes.items() if tuned(key) and len(shape) > 1}, run.cpu)
     for path in (base, other, out):
         path.unlink()
     return row
 
 
-def quality(base: Path, other: Path, out: Path, layers: Mapping[str, Matrix], seconds: float) -> dict[str, Any]:
+def quality(base: Path, other: Path, out: Path, layers: Mapping[str, Matrix], cpu: float) -> dict[str, Any]:
     """The errors of all modules against the models themselves, and of one layer of each shape against the optimum."""
     errors = dict(true_errors(base, other, out))
     rows = [sample(key, count, base, other, errors) for key, count in one_of_each(layers)]
     estimate = math.fsum(row["count"] * row["svd"] for row in rows)
     return {
         "true_relative_error": math.sqrt(math.fsum(pair[0] for pair in errors.values()) / math.fsum(pair[1] for pair in errors.values())),
-        "full_svd_seconds": round(estimate, 1),
-        "full svd / extract": round(estimate / seconds, 1),
+        "svd_seconds": round(estimate, 1),
+        "svd / extract": round(estimate / cpu, 1),
         "error / optimum": max(row["error / optimum"] for row in rows),
         "layers": rows,
     }
@@ -220,7 +237,7 @@ def gap(base: Path, other: Path, key: str) -> torch.Tensor:
 
 
 def sample(key: str, count: int, base: Path, other: Path, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """One layer: seconds of the full decomposition, of ours on one thread with its certificate, of LyCORIS; and how far ours is off."""
+    """One layer: seconds of the full decomposition, of ours with its certificate, of LyCORIS; and how far ours is off."""
     import torch
 
     from loratools.adapters.algebra import Criterion, balanced
@@ -240,7 +257,7 @@ def sample(key: str, count: int, base: Path, other: Path, errors: Mapping[str, t
         "shape": list(delta.shape),
         "count": count,
         "svd": round(full, 3),
-        "loratools, one thread": round(timed(ours)[0], 3),
+        "loratools": round(timed(ours)[0], 3),
         "relative_error": round(math.sqrt(error / norm), 6),
         "error / optimum": round(math.sqrt(error / norm) / optimum, 6) if optimum else 1.0,
     }
@@ -264,24 +281,16 @@ def lycoris(delta: torch.Tensor) -> dict[str, float]:
 def resizing(folder: Path, runs: int, shapes: Shapes) -> dict[str, Any]:
     """A LoRA brought to a smaller rank, against the decompositions of its products and PEFT's combination."""
     source, out = write_adapter(folder / "style.safetensors", shapes), folder / "smaller.safetensors"
-    seconds, peak, told = repeated(runs, out, "resize", source, "--rank", TO, "--dtype", "fp32")
+    run = repeated(runs, out, "resize", source, "--rank", TO, "--dtype", "fp32")
     ups = {key.removesuffix(".lora_up.weight"): shape for key, shape in shapes.items() if key.endswith(".lora_up.weight")}
     layers = {stem: (shape[0], shapes[f"{stem}.lora_down.weight"][1]) for stem, shape in ups.items()}
     rows = [product(stem, count, source, out) for stem, count in one_of_each(layers)]
-    row: dict[str, Any] = {
-        "job": f"resize an SDXL LoRA, rank {FROM} to {TO}",
-        "modules": len(layers),
-        "bytes": source.stat().st_size,
-        "seconds": round(seconds, 1),
-        "peak_mb": round(peak),
-        "relative_error": told["relative_error"],
-        "singular values differ by": max(row["difference"] for row in rows),
-        "layers": rows,
-    }
+    row = costs(f"resize an SDXL LoRA, rank {FROM} to {TO}", len(layers), source.stat().st_size, run)
+    row |= {"singular values differ by": max(found["difference"] for found in rows), "layers": rows}
     for name in ("svd", "peft"):
         if all(name in found for found in rows):
             row[f"{name}_seconds"] = round(math.fsum(found["count"] * found[name] for found in rows), 1)
-            row[f"{name} / resize"] = round(row[f"{name}_seconds"] / seconds, 1)
+            row[f"{name} / resize"] = round(row[f"{name}_seconds"] / run.cpu, 1)
     return row
 
 
