@@ -239,6 +239,15 @@ def line(found: Row) -> str:
     return f"| {found.name} | {found.bytes / 1e6:,.0f} MB | {found.seconds:.3f} s | {found.spread:.3f} s | {ratio} |"
 
 
+def high_water(process: int) -> float:
+    """VmHWM in MB; 0 for a process that is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
 def facts(runs: int) -> dict[str, Any]:
     """The machine, without its name; the processor as /proc/cpuinfo has it."""
     model = next((text.partition(":")[2].strip() for text in _cpuinfo() if text.startswith("model name")), "")

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import Shapes, facts, sdxl  # noqa: E402
+from benchmarks.bench import Shapes, facts, high_water, sdxl  # noqa: E402
 from benchmarks.bench import write as write_adapter  # noqa: E402
 from benchmarks.merging import diffusion, write  # noqa: E402
 from loratools.cli.main import COMMANDS  # noqa: E402
@@ -129,15 +129,6 @@ def command(*arguments: object) -> Run:
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, line, text)
     return Run(seconds, ended[2].ru_utime + ended[2].ru_stime, peak, json.loads(text))
-
-
-def high_water(process: int) -> float:
-    """VmHWM in MB; 0 for a process that is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def repeated(runs: int, out: Path, *arguments: object) -> Run:

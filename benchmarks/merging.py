@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import Shapes, facts  # noqa: E402
+from benchmarks.bench import Shapes, facts, high_water  # noqa: E402
 from loratools.tensors.header import render_header  # noqa: E402
 
 RANK = 64
@@ -172,12 +172,15 @@ Measured = tuple[float, float]  # seconds, peak MB of the process
 
 def process(*command: object) -> Measured:
     """A whole command: wall seconds and peak resident memory. Raises CalledProcessError."""
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0.0
     child = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise subprocess.CalledProcessError(status, str(command))
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    while child.poll() is None:  # what wait4 tells at the end would begin with the memory of this process
+        peak = max(peak, high_water(child.pid))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - start
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, str(command))
+    return seconds, peak
 
 
 def merged(base: Path, adapter: Path, out: Path) -> Measured:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapters.algebra import DIRECT, Criterion, truncate
+from loratools.adapters.algebra import DIRECT, Criterion, orthonormal, truncate
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,6 @@ ITERATIONS = 8  # without convergence after these, the spectrum is too flat for 
 _ROUNDED = 2e-4  # a share of ‖D‖² below this is too near the rounding of float32 products, 1e-7 at worst
 _FLOOR = 1e-14  # a share of ‖D‖² below this is the rounding of float64 sums
 _EPS = 2.0**-23  # of float32: the rounding of an entry is 0.2 of it on average, more where large entries are close together
-_CONDITION = 1e6  # two rounds of Cholesky keep all digits up to about 1e8
 _SAFETY = 1.1  # 3 units of Tracy and Widom's law above the edge at a side of 32, where one matrix in a thousand is, 10 units at 200
 _BLOCK = 1 << 17  # entries converted to float64 at a time: they stay in the cache
 _COLUMNS = 256  # columns of a Gram matrix at a time: fewer, and adding up takes longer than multiplying
@@ -189,7 +188,7 @@ def _sketch(matrix: torch.Tensor, rank: int, seed: int, oversample: int, iterati
         return None
     total = _square_norm(matrix)
     draw = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    basis, dtype = _orthonormal(_product(matrix, draw.to(matrix.device), matrix.dtype))[0], matrix.dtype
+    basis, dtype = orthonormal(_product(matrix, draw.to(matrix.device), matrix.dtype))[0], matrix.dtype
     captured, last = -math.inf, 2 * (ITERATIONS if iterations is None else iterations)
     for step in range(last + 1):
         side = matrix if step % 2 else matrix.t()
@@ -209,7 +208,7 @@ def _sketch(matrix: torch.Tensor, rank: int, seed: int, oversample: int, iterati
 
 def _image(side: torch.Tensor, basis: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Svd]:
     """side (o, n) · basis (n, l) = Q R: Q (o, l), and the SVD of R (l, l), on the CPU as long as it is worked out."""
-    image, core = _orthonormal(_product(side, basis, dtype))
+    image, core = orthonormal(_product(side, basis, dtype))
     found = _exact(core.cpu(), lambda sigma, tail: len(sigma))
     return image, (found.left.to(core.device), found.sigma.to(core.device), found.right.to(core.device))
 
@@ -222,22 +221,6 @@ def _product(matrix: torch.Tensor, thin: torch.Tensor, dtype: torch.dtype) -> to
         return (matrix @ thin.to(dtype)).to(torch.float64)
     thin = thin.to(torch.float64)
     return torch.cat([rows @ thin for _, rows in _blocks(matrix)])
-
-
-def _orthonormal(thin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q (n, l), R (l, l) of thin (n, l): two rounds of Cholesky, many times faster than Householder's, which has the hard cases."""
-    import torch
-
-    basis, core = thin, torch.eye(thin.shape[1], device=thin.device, dtype=thin.dtype)
-    for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(basis.t() @ basis)
-        diagonal = factor.diagonal()
-        if int(failed) or not float(diagonal.min()) * _CONDITION > float(diagonal.max()):
-            basis, core = torch.linalg.qr(thin)
-            break
-        basis = torch.linalg.solve_triangular(factor, basis.t(), upper=False).t()
-        core = factor.t() @ core
-    return basis, core
 
 
 def _lost(total: float, sigma: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def show(output: Output, result: dict[str, Any]) -> None:
     similar, plan = result.get("pairwise_cosine"), result.get("plan")
     if similar and len(names) > 1:
         output.console().print(_cosines(names, similar))
-        for text in hints(names, similar):
+        for text in hints(names, [given["weight"] for given in result.get("inputs", [])], similar):
             output.say(text)
     ranks = ", ".join(f"{rank} ({count})" for rank, count in result.get("ranks_after", {}).items())
     output.say(f"{counted(result['sites'], 'site')} of {result.get('architecture')} as {result.get('dialect')}, ranks {ranks or '-'}")
@@ -81,14 +82,15 @@ def show(output: Output, result: dict[str, Any]) -> None:
     output.say(f"wrote {result.get('output')}")
 
 
-def hints(names: list[str], similar: list[list[float | None]]) -> list[str]:
-    """A sentence for every two inputs that fight or are nearly the same."""
+def hints(names: list[str], weights: list[float], similar: list[list[float | None]]) -> list[str]:
+    """A sentence for every two inputs that, at their weights, fight or are nearly the same."""
     found = []
     for i, row in enumerate(similar):
         for j, cosine in enumerate(row[:i]):
-            if cosine is None or FIGHT <= cosine <= ALIKE:
+            at_weights = None if cosine is None else math.copysign(cosine, cosine * weights[i] * weights[j])
+            if cosine is None or at_weights is None or FIGHT <= at_weights <= ALIKE:
                 continue
-            what = "work against each other" if cosine < FIGHT else "are nearly the same: their weights add up"
+            what = "work against each other" if at_weights < FIGHT else "are nearly the same: their weights add up"
             found.append(f"{names[j]} and {names[i]} {what} (cosine {cosine:.3g})")
     return found
 

@@ -86,7 +86,9 @@ def show(output: Output, result: dict[str, Any]) -> None:
         output.say(f"would write {result['output']}")
         return
     ranks = ", ".join(f"{rank} ({count})" for rank, count in result["ranks"].items())
-    output.say(f"{counted(result['modules'], 'module')} of {where}, ranks {ranks or '-'}")
+    dense = result["modules"] - sum(result["ranks"].values())
+    beside = f", {counted(dense, 'dense module')} beside them" if dense else ""
+    output.say(f"{counted(result['modules'], 'module')} of {where}, ranks {ranks or '-'}{beside}")
     output.say(f"relative error {number(result['relative_error'])}; furthest off:")
     for row in result["worst"]:
         output.say(f"  {row['site']}  rank {row['rank']}, relative error {number(row['relative_error'])}")

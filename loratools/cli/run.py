@@ -46,7 +46,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         return _usage_failure(error)
     if isinstance(error, click.Abort | KeyboardInterrupt):
-        return Failure("interrupted", "interrupted; nothing was left behind", 1)
+        return Failure("interrupted", "interrupted; no unfinished output was left behind", 1)
     if isinstance(error, MemoryError):
         return Failure("out-of-memory", "out of memory", 1)
     if isinstance(error, OSError):

@@ -161,7 +161,8 @@ class Place:
 class Base:
     """A base model's tensors by site, whatever its layout. Opening reads headers only.
 
-    values: what to read in place of tensors that hold codes (fp8 with a scale), by key; model_type: of a config.json beside them.
+    values: what to read in place of tensors that hold codes (fp8 with a scale), by key; model_type: of a config.json beside them;
+    scales: tensors that are part of those values.
     """
 
     def __init__(
@@ -170,9 +171,10 @@ class Base:
         architecture: Architecture,
         values: Mapping[str, LazyTensor] | None = None,
         model_type: str | None = None,
+        scales: frozenset[str] = frozenset(),
     ) -> None:
         self.source = source if isinstance(source, TensorSource) else open_source(source)
-        self.architecture, self.model_type = architecture, model_type
+        self.architecture, self.model_type, self.scales = architecture, model_type, scales
         self.tensors = {**self.source.tensors, **(values or {})}
 
     @cached_property

@@ -238,7 +238,7 @@ def _strange_components(where: str, names: Iterable[str], sites: Collection[Site
     present = list(dict.fromkeys(site.component for site in sites))
     for name in names:
         if name not in present:
-            message = f"{where}: no adapter has a component {name!r}" + _near(name, present)
+            message = f"{where}: no component {name!r}" + _near(name, present)
             yield UsageError(message, fix=f"the components are {', '.join(present)}" if present else None)
 
 

@@ -107,3 +107,20 @@ def test_a_truncated_spectrum_keeps_what_the_whole_one_does() -> None:
 )
 def test_what_is_asked_for(criterion: Criterion, asked: bool, adaptive: bool) -> None:
     assert (criterion.asked, criterion.adaptive) == (asked, adaptive)
+
+
+@pytest.mark.parametrize("sigma", [(0.9, 0.3), (1.8, 0.6), (3.6, 0.6)])
+def test_a_ratio_is_met_by_decimals_that_floats_miss(sigma: tuple[float, float]) -> None:
+    """0.9 / 0.3 is 3, though 0.3 · 3 < 0.9 in float64: a tie but for its rounding is kept, a value that is truly below is not."""
+    ratio = round(sigma[0] / sigma[1])
+    assert sigma[1] * ratio < sigma[0]
+    for criterion, expected in ((Criterion(ratio=float(ratio)), 2), (Criterion(ratio=ratio * (1 - 1e-9)), 1)):
+        assert criterion.keeps(torch.tensor(sigma, dtype=torch.float64), 10) == expected
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-100, 1e100])
+def test_rounding_grows_with_the_longer_side(scale: float) -> None:
+    """1e-14 of the largest is 45 eps: a value of a matrix of 10 columns, rounding of one of 100."""
+    sigma = torch.tensor([1.0, 1e-14], dtype=torch.float64) * scale
+    for criterion in (Criterion(), Criterion(2), Criterion(error=0.0), Criterion(ratio=1e30)):
+        assert [criterion.keeps(sigma, size) for size in (10, 45, 46, 100, 20000)] == [2, 2, 1, 1, 1]

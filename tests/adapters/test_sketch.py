@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from loratools.adapters import algebra
 from loratools.adapters import sketch as under_test
 from loratools.adapters.algebra import Criterion
 from loratools.adapters.sketch import Sketch, decompose, residual_norms, sketch
@@ -114,7 +115,7 @@ def test_vectors_are_orthonormal_where_values_differ_by_thousands(monkeypatch: p
     """One round of Cholesky would leave the square of that: 1e-8. Householder's way, for what Cholesky cannot do, has the same result."""
     delta = with_values(torch.tensor([10.0 ** -(index / 8) for index in range(400)], dtype=F64), 400, 600)
     one = sketch(delta, 20, seed=0, iterations=0)
-    monkeypatch.setattr(under_test, "_CONDITION", 1.0)
+    monkeypatch.setattr(algebra, "_CONDITION", 1.0)
     for found in (one, sketch(delta, 20, seed=0, iterations=0)):
         for gram in (found.left.t() @ found.left, found.right @ found.right.t()):
             torch.testing.assert_close(gram, torch.eye(20, dtype=F64), rtol=0, atol=1e-12)

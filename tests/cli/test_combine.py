@@ -98,10 +98,12 @@ def test_hints_are_for_extremes() -> None:
         [0.0, -0.5, 1.0, None],
         [None, None, None, None],
     ]
-    told = hints(names, similar)
+    told = hints(names, [1.0, 0.5, 2.0, 1.0], similar)
     assert len(told) == 2
     assert "a and b are nearly the same" in told[0]
     assert "b and c work against each other" in told[1]
+    opposed = hints(names, [1.0, -0.5, 2.0, 1.0], similar)
+    assert [told.partition(" (")[0] for told in opposed] == ["a and b work against each other"]
 
 
 def test_nothing_is_read_for_a_missing_file(run: Any, tmp_path: Path) -> None:

@@ -353,9 +353,9 @@ def test_components_that_no_adapter_has() -> None:
     weights = BlockWeights(Rules(components={"text_encoder": 1.0, "text_encoder_2": 0.5}), path=Path("w.toml"))
     problems = Selection(components=("denoisr", "denoiser", "vae"), blocks=weights).problems({"a": SITES}, SD1)
     assert [problem.message for problem in problems] == [
-        "--component: no adapter has a component 'denoisr'; did you mean 'denoiser'?",
-        "--component: no adapter has a component 'vae'",
-        "w.toml: components: no adapter has a component 'text_encoder_2'; did you mean 'text_encoder'?",
+        "--component: no component 'denoisr'; did you mean 'denoiser'?",
+        "--component: no component 'vae'",
+        "w.toml: components: no component 'text_encoder_2'; did you mean 'text_encoder'?",
     ]
     assert {problem.fix for problem in problems} == {"the components are denoiser, text_encoder"}
 
@@ -372,7 +372,7 @@ def test_tables_of_adapters_are_held_against_their_own_sites() -> None:
         'w.toml: adapters."style.safetensors".kohya: a list of 12 numbers does not belong to sd1: its lists have 17 or 26',
         "w.toml: adapters.\"style.safetensors\".sites: 'text_encoder.*' matches no site",
         "w.toml: adapters.\"fase.safetensors\": no adapter has this file name; did you mean 'face.safetensors'?",
-        "w.toml: components: no adapter has a component 'denoiser'",
+        "w.toml: components: no component 'denoiser'",
     ]
 
 

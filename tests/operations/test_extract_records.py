@@ -119,7 +119,9 @@ def test_peft_config(tmp_path: Path) -> None:
     """X4, X11: r, alphas, biases and targets as the tensors say; nothing of the models' folders beside it."""
     base = language_models.gpt2_folder(tmp_path / "base")
     before = load_file(base / "model.safetensors")
-    other = rewritten(language_models.gpt2_folder(tmp_path / "tuned"), {"": tuned(before)})
+    other = rewritten(
+        language_models.gpt2_folder(tmp_path / "tuned"), {"": tuned(before, only=lambda key: ".wte." not in key and ".wpe." not in key)}
+    )
     extract(base, other, tmp_path / "out", rank=4)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -130,11 +132,11 @@ def test_peft_config(tmp_path: Path) -> None:
 
 
 def test_every_architecture_passes_the_check(tmp_path: Path) -> None:
-    for architecture in ("sd1", "sdxl", "sd3"):
+    for architecture, dialects in {"sd1": ("kohya",), "sdxl": ("diffusers",), "sd3": ("kohya", "diffusers")}.items():
         tensors = checkpoints.single_tensors(architecture, "float16")
         base = checkpoints.write(tmp_path / f"{architecture}.safetensors", tensors, "base")
         other = checkpoints.write(tmp_path / f"{architecture}-tuned.safetensors", tuned(tensors, only=a_module), "tuned")
-        for dialect in ("kohya", "diffusers"):
+        for dialect in dialects:
             out = tmp_path / f"{architecture}-{dialect}.safetensors"
             extract(base, other, out, rank=4, to=dialect)
             page = inspect(out, check=True)

@@ -179,3 +179,44 @@ def test_dora_keeps_its_function_under_another_alpha(randn: Make, save: Save, tm
             bare = {key: tensor for key, tensor in load_file(path).items() if not key.endswith("dora_scale")}
             path.with_name(f"bare-{path.name}").write_bytes(render(bare))
         assert error_of(tmp_path / "bare-a.safetensors", tmp_path / "bare-out.safetensors") < 2e-7
+
+
+@pytest.mark.parametrize("beside", ["lora", "nothing"])
+@pytest.mark.parametrize(("strength", "dtype"), [(0.3, None), (-0.7, None), (1.0, "fp16"), (0.3, "fp16")])
+def test_what_rounding_takes_from_a_bias_is_told(
+    strength: float, dtype: str | None, beside: str, randn: Make, save: Save, tmp_path: Path
+) -> None:
+    """The weight loses next to nothing, its factors being small whole numbers: the largest error is that of the bias in float16."""
+    up, down = (factor.mul(4).round() for factor in factors(randn, SHAPES[CONV]))
+    bias = randn(16)
+    tensors = {**(written(C, up, down, 2.0) if beside == "lora" else {}), f"{C}.diff_b": bias if dtype else bias.half()}
+    a = save("a.safetensors", {**tensors, **kohya_file({PROJ: (up[:, :, 0, 0].new_ones(16, 4, 1, 1), up.new_ones(4, 16, 1, 1))})})
+    out = tmp_path / "out.safetensors"
+    result = rescale_alpha(a, out, strength=strength, dtype=dtype, arch="sd1")
+    wanted = strength * load_file(a)[f"{C}.diff_b"].double()
+    found = load_file(out)[f"{C}.diff_b"]
+    assert found.dtype == torch.float16
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    assert error > 1e-4
+    assert result["max_relative_error"] == pytest.approx(error, rel=1e-6)
+    assert result["worst"][0] == {"site": f"denoiser.{CONV}", "relative_error": result["max_relative_error"]}
+
+
+@pytest.mark.parametrize(("steps", "rounded", "refused"), [(37, 11, False), (17, 5, True), (12, 4, True), (9, 3, True)])
+def test_a_loss_of_more_than_a_percent_has_to_be_asked_for(
+    steps: int, rounded: int, refused: bool, randn: Make, save: Save, tmp_path: Path
+) -> None:
+    """Values of n steps of 2^-24, float16's smallest, times 0.3: 11.1 becomes 11 (0.9 %), 5.1 5 (2 %), 3.6 4 (11 %), 2.7 3 (11 %)."""
+    step, out = 2.0**-24, tmp_path / "out.safetensors"
+    lora = kohya_file({PROJ: factors(randn, SHAPES[PROJ])})
+    a = save("a.safetensors", {f"{A}.diff": torch.full((16, 16), steps * step, dtype=torch.float16), **lora})
+    error = abs(rounded / (0.3 * steps) - 1)
+    assert (error > 0.01) == refused
+    if refused:
+        with pytest.raises(UnsupportedError, match="1 module cannot be rescaled") as told:
+            rescale_alpha(a, out, strength=0.3)
+        assert f"off by {error:.2g} ({A}.diff)" in told.value.details[0]
+        assert not out.exists()
+    result = rescale_alpha(a, out, strength=0.3, dtype="fp16" if refused else None)
+    assert torch.equal(load_file(out)[f"{A}.diff"], torch.full((16, 16), rounded * step, dtype=torch.float16))
+    assert result["max_relative_error"] == pytest.approx(error, rel=1e-6)

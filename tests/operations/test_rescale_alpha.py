@@ -262,3 +262,17 @@ def test_a_dry_run_says_all_and_writes_nothing(randn: Make, save: Save, tmp_path
     done = rescale_alpha(a, out, alpha=5.0)
     assert planned["plan"]["bytes"] == len(parts(out)[1])
     assert done == {key: value for key, value in planned.items() if key != "plan"}
+
+
+@pytest.mark.parametrize("strength", [0.3, -0.3, 1.0 / 3.0])
+def test_what_an_alpha_tensor_rounds_is_told(strength: float, randn: Make, save: Save, tmp_path: Path) -> None:
+    """The factors keep their bits (but for a sign), so that the rounding of alpha to float32 is all the error there is."""
+    a, out = save("a.safetensors", kohya_file({PROJ: factors(randn, SHAPES[PROJ])}, 2.0)), tmp_path / "out.safetensors"
+    result = rescale_alpha(a, out, strength=strength)
+    exact = 2.0 * abs(strength)  # a power of two: without rounding in float64
+    error = abs(float(torch.tensor(exact, dtype=torch.float32)) - exact) / exact
+    assert error > 1e-9
+    assert result["max_relative_error"] == pytest.approx(error, rel=1e-6, abs=0)
+    assert result["max_relative_error"] == pytest.approx(error_of(a, out, strength), rel=1e-5, abs=0)
+    assert result["rounded_to"] == ["F32"]
+    assert [row["site"] for row in result["worst"]] == [f"denoiser.{PROJ}"]

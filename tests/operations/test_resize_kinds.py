@@ -175,3 +175,33 @@ def test_a_and_b_names_are_cut_under_their_own_names(name: str, randn: Make, sav
     sigma = torch.linalg.svdvals(delta)
     error = (found[names[1]].double().flatten(1) @ found[names[0]].double().flatten(1) - delta).norm()
     assert float(error) == pytest.approx(float(sigma[3:].square().sum().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_alpha_is_cut_with_its_sign(kind: str, randn: Make, save: Save, tmp_path: Path) -> None:
+    """ΔW = -|s| · up · down: what is kept of it is no mirror image."""
+    tensors = kind_of(kind, randn)
+    stem, out = stem_of(tensors), tmp_path / "out.safetensors"
+    a = save("a.safetensors", {**tensors, f"{stem}.alpha": torch.tensor(-3.0), **anchor(randn)})
+    result = resize(a, out, rank=3)
+    sigma = spectrum(a, stem)
+    best = float((sigma[3:].square().sum() / sigma.square().sum()).sqrt())
+    assert rank_in(out, stem) == 3
+    assert 0 < best < 1
+    assert error_of(a, out, stem) == pytest.approx(best, rel=1e-5)
+    assert result["worst"][0]["relative_error"] == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", [{"rank": 16}, {"rank": 20}, {"rank": 24}, {"energy": 1.0}, {"error": 0.0}], ids=str)
+def test_a_loha_of_more_than_full_rank_is_kept(criterion: dict[str, Any], randn: Make, save: Save, tmp_path: Path) -> None:
+    """r² = 25 on a 16x16 matrix, which has rank 16: a limit from 16 on asks for all of it, and below it is cut."""
+    shapes = {"w1_a": (16, 5), "w1_b": (5, 16), "w2_a": (16, 5), "w2_b": (5, 16)}
+    loha = {f"{A}.alpha": torch.tensor(3.0), **{f"{A}.hada_{part}": randn(*shape) for part, shape in shapes.items()}}
+    a, out = save("a.safetensors", {**loha, **anchor(randn)}), tmp_path / "out.safetensors"
+    assert len(spectrum(a, A)) == 16
+    result = resize(a, out, **criterion)
+    assert {key for key in load_file(out) if key.startswith(A)} == set(loha)
+    assert same(loha, load_file(out), [*loha])
+    assert result["relative_error"] == 0
+    resize(a, out, rank=15, force=True)
+    assert rank_in(out, A) == 15

@@ -7,14 +7,12 @@ its reason, or a problem.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from loratools.adapters import factors
 from loratools.adapters.adapter import Site
-from loratools.errors import counted
 from loratools.mapping.bases import HEAD, Base
 from loratools.mapping.rules import Row
 from loratools.mapping.selection import Selection
@@ -116,13 +114,12 @@ def _common(
     """(site, role) → TUNED's tensor, of what both have; the rest is noted."""
     names = ("BASE", "TUNED")
     parts = [{site.component for site, _ in mine} for mine in sites]
-    left_out = Counter(site.component for site, _ in sites[1] if not selection.selects(site))
     for index, mine in enumerate(sites):
-        for component in sorted(parts[index] - parts[1 - index]):
-            count = sum(site.component == component for site, _ in mine)
-            found.skipped.append((f"{component} ({counted(count, 'tensor')})", f"{names[1 - index]} has none"))
-    for component, count in left_out.items():
-        found.skipped.append((f"{component} ({counted(count, 'tensor')})", "left out by the selection"))
+        alone = parts[index] - parts[1 - index]
+        why = {key: f"{names[1 - index]} has no {site.component}" for (site, _), key in mine.items() if site.component in alone}
+        found.skipped += why.items()
+    out = dict.fromkeys(key for (site, _), key in sites[1].items() if not selection.selects(site))
+    found.skipped += [(key, "left out by the selection") for key in out]
     common: dict[tuple[Site, str], str] = {}
     for index, (mine, other) in enumerate(zip(sites, (tuned, base), strict=True)):
         for (site, role), key in mine.items():
@@ -191,12 +188,15 @@ def _reshaped(twin: Twin) -> Twin:
     return replace(twin, before=twin.before.reshape(twin.shape)) if twin.before.shape != twin.shape else twin
 
 
+def _beside(model: Base, named: Sites) -> dict[str, LazyTensor]:
+    """A model's tensors that are neither a site's nor a scale that one of them is read with."""
+    known = {*named.values(), *model.scales}
+    return {key: tensor for key, tensor in model.tensors.items() if key not in known}
+
+
 def _unnamed(found: Pairing, base: Base, tuned: Base, sites: Sequence[Sites]) -> None:
     """Tensors that are no module's (a VAE, buffers): of one name they are compared, of one model alone they are told."""
-    mine, theirs = (
-        {key: tensor for key, tensor in model.tensors.items() if key not in named.values()}
-        for model, named in ((base, {**sites[0]}), (tuned, {**sites[1]}))
-    )
+    mine, theirs = (_beside(model, named) for model, named in zip((base, tuned), sites, strict=True))
     for key, tensor in theirs.items():
         if key in mine:
             found.beside.append(Twin(mine[key], tensor, (key,)))

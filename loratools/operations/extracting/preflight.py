@@ -104,7 +104,7 @@ def _seen(source: TensorSource, architecture: Architecture) -> Base:
     scaled = scaled_weights(source.tensors, settings, source.metadata)
     values = {key: ScaledTensor(source.tensors[key], one, source.tensors[one.scale]) for key, one in scaled.items()}
     model_type = str(settings["model_type"]) if settings and settings.get("model_type") else None
-    return Base(source, architecture, values, model_type)
+    return Base(source, architecture, values, model_type, frozenset(one.scale for one in scaled.values()))
 
 
 def _architecture(sources: Sequence[TensorSource], guesses: Sequence[CheckpointGuess], arch: str | None) -> Architecture:

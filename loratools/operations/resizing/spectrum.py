@@ -17,12 +17,10 @@ from loratools.adapters import algebra
 from loratools.adapters.adapter import Module
 from loratools.adapters.kinds import Lokr, Lora
 from loratools.adapters.sums import Term
-from loratools.operations.combining.recompress import Fit, distance, value
+from loratools.operations.combining.recompress import Fit, value
 
 if TYPE_CHECKING:
     import torch
-
-    from loratools.operations.combining.recompress import Value
 
 
 @dataclass(frozen=True)
@@ -30,22 +28,18 @@ class Spectrum:
     """ΔW by its singular values.
 
     sigma: all of them, (k), largest first; size: the longer side of ΔW as a matrix; top: n → the SVD of the n largest
-    truth: ΔW as joined factors or a matrix; None for a Kronecker product, which is neither
     """
 
     sigma: torch.Tensor
     size: int
     top: Callable[[int], algebra.Svd]
-    truth: Value | None
 
     def fit(self, kept: algebra.Svd, written: Lora) -> Fit:
         """How far a LoRA made of the kept part is from ΔW, the rounding of its factors included.
 
-        What is left out of a Kronecker product is orthogonal to the rows and the columns that are kept, so that its square and that of
-        the rounding add up, but for products of two roundings.
+        What is left out is orthogonal to the rows and the columns that are kept, so that its square and that of the rounding add up,
+        but for products of two roundings.
         """
-        if self.truth is not None:
-            return distance(self.truth, [written])
         left, sigma, right = kept
         up, down = written.matrices()
         rounding = algebra.difference_norm((up * written.scale, down), (left * sigma, right))
@@ -59,7 +53,7 @@ def spectrum_of(module: Module) -> Spectrum:
         return _kronecker(module)
     truth = value([Term(0, 1.0, module)])
     svd = algebra.core_svd(*truth) if isinstance(truth, tuple) else algebra.matrix_svd(truth)
-    return Spectrum(svd[1], max(svd[0].shape[0], svd[2].shape[1]), partial(algebra.truncate, svd), truth)
+    return Spectrum(svd[1], max(svd[0].shape[0], svd[2].shape[1]), partial(algebra.truncate, svd))
 
 
 def _kronecker(module: Lokr) -> Spectrum:
@@ -78,4 +72,4 @@ def _kronecker(module: Lokr) -> Spectrum:
         return left * sign, sigma[:rank], right
 
     sides = first[0].shape[0] * second[0].shape[0], first[2].shape[1] * second[2].shape[1]
-    return Spectrum(sigma, max(sides), top, None)
+    return Spectrum(sigma, max(sides), top)

@@ -47,6 +47,7 @@ def told(
             *_warnings(reading, adapter, out),
             *_grown([(entry.module, one.module) for entry, one in pairs]),
             *_setting(loader, after),
+            *_untaken(loader, adapter),
         ],
     }
 
@@ -81,6 +82,17 @@ def _grown(pairs: Sequence[tuple[Module, Module]]) -> list[str]:
 
 def _nbytes(module: Module) -> int:
     return sum(tensor.nbytes for tensor in module.factors.values())
+
+
+def _untaken(loader: Loader | None, adapter: Adapter) -> list[str]:
+    """What a loader that reads a PEFT folder of plain LoRA will not apply, or not even load."""
+    if loader is None or not loader.uniform:
+        return []
+    dense = sum(not low_rank(entry.module) for entry in adapter.entries)
+    found = [f"{loader.title} takes plain LoRA alone: not {counted(dense, 'module')} without a rank in the output"] if dense else []
+    if not DIALECTS[adapter.dialect].folder:
+        found.append(f"{loader.title} reads PEFT folders, this is {adapter.dialect}: loratools convert OUT --to peft makes one")
+    return found
 
 
 def _setting(loader: Loader | None, after: dict[str, int]) -> list[str]:
