@@ -18,7 +18,7 @@ RESULT: dict[str, Any] = {
     "dialect": "kohya",
     "architecture": "sd1",
     "method": "sum",
-    "pairwise_cosine": [[1.0, -0.25], [-0.25, 1.0]],
+    "pairwise_cosine": [[1.0, 0.25], [0.25, 1.0]],  # and one of the weights is negative
     "ranks_after": {"4": 1, "12": 263},
     "relative_error": 0.125,
     "worst": [{"site": "denoiser.conv_in", "rank": 4, "relative_error": 0.5}],
@@ -46,7 +46,7 @@ def test_what_is_shown(run: Any, fake: Any) -> None:
     fake("combine", RESULT)
     result = run("combine", "a.safetensors", "b.safetensors", "out.safetensors", env={"COLUMNS": "100"})
     sites = "264 sites of sd1 as kohya, ranks 4 (1), 12 (263)"
-    for text in ("a.safetensors:0.8", "-0.250", "work against each other", sites, "0.125", "wrote"):
+    for text in ("a.safetensors:0.8", "0.250", "work against each other", sites, "0.125", "wrote"):
         assert text in result.stdout
     assert "x/a" not in result.stdout
     assert "3 sites that not every input has" in result.stderr

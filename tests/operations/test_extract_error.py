@@ -246,8 +246,7 @@ def test_no_other_ranks_of_the_same_bytes_lose_less(pair: tuple[Path, Path, Stat
             share = min(1.0, left / nbytes)
             left -= share * nbytes
             lost_ += (1 - share) * square
-        print("RATIO", megabytes, sum(error for error, _ in lost(out, deltas).values()) / lost_)
-        assert lost_ > 0
+        assert sum(error for error, _ in lost(out, deltas).values()) <= 1.05 * lost_, "worse than the last few ranks of whole bytes explain"
 
 
 def test_a_budget_is_spent(pair: tuple[Path, Path, State], tmp_path: Path) -> None:

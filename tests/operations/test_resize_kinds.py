@@ -179,7 +179,7 @@ def test_a_and_b_names_are_cut_under_their_own_names(name: str, randn: Make, sav
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_negative_alpha_is_cut_with_its_sign(kind: str, randn: Make, save: Save, tmp_path: Path) -> None:
-    """ΔW = -|s| · up · down: what is kept of it is no mirror image."""
+    """ΔW = -|s| · up · down: what is kept of it is no mirror image. (A LoKr of two full factors ignores its alpha.)"""
     tensors = kind_of(kind, randn)
     stem, out = stem_of(tensors), tmp_path / "out.safetensors"
     a = save("a.safetensors", {**tensors, f"{stem}.alpha": torch.tensor(-3.0), **anchor(randn)})

@@ -285,9 +285,10 @@ class MergedTensor(LazyTensor):
         terms = [term for region in self.regions for term in region.terms]
         guilty = [term for term in terms if any(first_not_finite(factor) for factor in term.entry.module.factors.values())]
         names = ", ".join(dict.fromkeys(term.given.name for term in guilty or terms))
+        advice = "loratools inspect --check names every such tensor" if guilty else "its factors are finite: a smaller weight"
         for tensor, message, fix in (
             (wide, "the base holds NaN or Inf here", "loratools inspect --check names every such tensor"),
-            (change, f"the delta of {names} is NaN or Inf here", "loratools inspect --check names every such tensor"),
+            (change, f"the delta of {names} is NaN or Inf here{'' if guilty else ', at its weight'}", advice),
             (back, f"a value overflows {self.dtype}", "--dtype bf16 or fp32 has the range"),
         ):
             if not bool(tensor.isfinite().all()):
