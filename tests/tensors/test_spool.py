@@ -63,7 +63,7 @@ def test_nothing_is_to_be_seen(tmp_path: Path) -> None:
     assert float(parked.load()[0]) == float(noise(1000)[0])  # a tensor outlives the spool
     del parked
     gc.collect()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # what earlier tests left may be gone by now
     assert list(tmp_path.iterdir()) == []
 
 
