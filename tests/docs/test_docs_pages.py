@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import hashlib
+import inspect
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import loratools
 from loratools.cli import options
 from loratools.cli.main import ALIASES, COMMANDS, cli
 from loratools.operations.formats import formats
@@ -118,6 +120,15 @@ def test_a_page_lists_the_json_keys(name: str, workplace: Path) -> None:
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     listed = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
     assert listed - {"checkpoint"} == {key for found in objects for key in found}
+
+
+def test_the_table_of_functions_has_their_parameters() -> None:
+    """docs/api.md names every public function, with all of its parameters and no other."""
+    rows = dict(re.findall(r"^\| `loratools\.(\w+)\(([^)]*)\)`", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M))
+    assert rows.keys() == {name for name in loratools.__all__ if callable(getattr(loratools, name))}
+    for name, listed in rows.items():
+        given = [word.partition("=")[0].strip() for word in listed.split(",")]
+        assert {word for word in given if word != "*"} == set(inspect.signature(getattr(loratools, name)).parameters), name
 
 
 # architecture → what the README calls it
